@@ -1,0 +1,43 @@
+"""ALiBi: a linear penalty on the distance between query and key, one slope per head.
+
+Press, Smith and Lewis 2021, Train Short, Test Long, section 3::
+
+    bias[b, h, i, j] = -slope[h] * (query_position[b, i] - key_position[b, j])
+"""
+
+import torch
+from onnxscript import FLOAT, INT64, opset23, script
+
+from pe_onnx.custom_ops._onnx import PE_ONNX
+from pe_onnx.custom_ops._operator import operator
+
+
+def _fake(slopes: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    (B, T), S = query_positions.shape, key_positions.shape[-1]
+    return slopes.new_empty(B, slopes.shape[0], T, S)
+
+
+@script(PE_ONNX, default_opset=opset23)
+def AlibiBias(slopes: FLOAT, query_positions: INT64, key_positions: INT64) -> FLOAT:
+    one = opset23.Constant(value_ints=[1])
+    queries = opset23.Unsqueeze(query_positions, opset23.Constant(value_ints=[2]))  # [B, T, 1]
+    keys = opset23.Unsqueeze(key_positions, one)  # [B or 1, 1, S]
+    # float32 up to the product: float16 counts no distance beyond 2048 exactly
+    distance = opset23.Unsqueeze(opset23.Cast(keys - queries, to=1), one)  # [B, 1, T, S]
+    per_head = opset23.Unsqueeze(opset23.Cast(slopes, to=1), opset23.Constant(value_ints=[1, 2]))  # [H, 1, 1]
+    return opset23.CastLike(per_head * distance, slopes)
+
+
+def _translate(slopes, query_positions, key_positions):  # type: ignore[no-untyped-def]
+    return AlibiBias(slopes, query_positions, key_positions)
+
+
+@operator(_fake, _translate)
+def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    """The bias to add to the scaled scores.
+
+    slopes: ``[H]``. query_positions: int64 ``[B, T]``. key_positions: int64 ``[B, S]`` or ``[1, S]``.
+    Returns ``[B, H, T, S]`` of the dtype of slopes; entries of keys after the query are positive and meant to be masked.
+    """
+    distance = (key_positions[:, None, :] - query_positions[:, :, None]).float()  # [B, T, S]
+    return (slopes.float()[:, None, None] * distance[:, None]).to(slopes.dtype)

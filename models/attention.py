@@ -1,0 +1,219 @@
+"""What one forward pass knows of tokens, cache and mask: three steps with one interface.
+
+``PlainStep`` is PyTorch's reference without a cache, ``CompactStep`` the ``ort`` target's attention over compact rows,
+``MaskedStep`` the ``portable`` target's over any padding. A model asks its step for positions and attention and does
+not know which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from pe_onnx.custom_ops import cached_attention, masked_attention
+from pe_onnx.errors import ConfigError
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, each ``[B, K, P, D]``."""
+
+
+class Step(Protocol):
+    """One forward pass: T new tokens after a past, in every layer."""
+
+    query_positions: torch.Tensor  # int64 [B, T]
+    key_positions: torch.Tensor | None  # int64 [B, S]; None: 0 .. key_length - 1
+    key_length: int  # S
+    presents: list[LayerCache]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        num_heads: int,
+        kv_heads: int,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        window: int = -1,
+    ) -> torch.Tensor:
+        """Packed query ``[B, T, H*D]``, key and value ``[B, T, K*D]`` to output ``[B, T, H*D]``."""
+        ...
+
+    def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[B, T, C]`` to ``[B, 1, C]``: for each row the last new token that is no padding."""
+        ...
+
+
+class CompactStep:
+    """Rows that hold their tokens in the first slots; only the sum of the mask is read. Needs D % 16 == 0."""
+
+    def __init__(self, attention_mask: torch.Tensor, new_tokens: int, past: Sequence[LayerCache]) -> None:
+        self.past = past
+        self.presents: list[LayerCache] = [past[0]] * len(past)
+        self.key_length = attention_mask.shape[1]
+        self.lengths = attention_mask.sum(1)  # [B]
+        self.start = (self.lengths - new_tokens).clamp(min=0)  # [B], slot and position of the first new token
+        self.query_positions = self.start[:, None] + torch.arange(new_tokens, device=attention_mask.device)
+        self.key_positions = None
+        self.last_slots = (self.lengths - 1).to(torch.int32)
+        self.total_length = torch.full((1,), self.key_length, dtype=torch.int32, device=attention_mask.device)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        num_heads: int,
+        kv_heads: int,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        window: int = -1,
+    ) -> torch.Tensor:
+        output, present_key, present_value = cached_attention(
+            query,
+            key,
+            value,
+            *self.past[layer],
+            self.last_slots,
+            self.total_length,
+            bias,
+            num_heads,
+            kv_heads,
+            scale,
+            softcap,
+            window,
+        )
+        self.presents[layer] = (present_key, present_value)
+        return output
+
+    def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
+        index = (self.lengths - 1 - self.start).clamp(max=hidden.shape[1] - 1)  # [B]
+        return _take(hidden, index)
+
+
+class MaskedStep:
+    """Any padding: a token's position is the number of valid tokens before it, and invalid keys are not seen."""
+
+    def __init__(self, attention_mask: torch.Tensor, new_tokens: int, past: Sequence[LayerCache]) -> None:
+        self.past = past
+        self.presents: list[LayerCache] = [past[0]] * len(past)
+        self.valid = attention_mask != 0  # [B, S]
+        self.key_length = attention_mask.shape[1]
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+        self.key_positions = positions
+        self.query_positions = positions[:, self.key_length - new_tokens :]
+        self.new_tokens = new_tokens
+        self._seen: dict[int, torch.Tensor] = {}
+
+    def seen(self, window: int) -> torch.Tensor:
+        """bool ``[B, 1, T, S]``; a query always sees its own slot, so that no row is all masked."""
+        if window not in self._seen:
+            slots = torch.arange(self.key_length, device=self.valid.device)  # [S]
+            queries = slots[self.key_length - self.new_tokens :, None]  # [T, 1]
+            near = slots <= queries
+            if window >= 0:
+                near = near & (slots > queries - window)
+            self._seen[window] = (near & self.valid[:, None, None, :]) | (slots == queries)
+        return self._seen[window]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        num_heads: int,
+        kv_heads: int,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        window: int = -1,
+    ) -> torch.Tensor:
+        mask = self.seen(window)
+        if bias is not None:
+            mask = torch.where(mask, bias, float("-inf"))
+        output, present_key, present_value = masked_attention(
+            query, key, value, *self.past[layer], mask, num_heads, kv_heads, scale, softcap
+        )
+        self.presents[layer] = (present_key, present_value)
+        return output
+
+    def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
+        valid = self.valid[:, self.key_length - self.new_tokens :].long()  # [B, T]
+        index = (valid * torch.arange(self.new_tokens, device=hidden.device)).amax(1)
+        return _take(hidden, index)
+
+
+class PlainStep:
+    """The reference: all tokens at once, no cache, no custom operator, the plain formula."""
+
+    def __init__(self, attention_mask: torch.Tensor, causal: bool = True) -> None:
+        self.presents: list[LayerCache] = []
+        self.key_length = attention_mask.shape[1]
+        self.key_positions = self.query_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.valid = attention_mask != 0
+        self.causal = causal
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        num_heads: int,
+        kv_heads: int,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        window: int = -1,
+    ) -> torch.Tensor:
+        q, k, v = (
+            x.unflatten(-1, (heads, -1)).transpose(1, 2).repeat_interleave(num_heads // heads, 1)
+            for x, heads in ((query, num_heads), (key, kv_heads), (value, kv_heads))
+        )  # each [B, H, T, D]
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias
+        distance = torch.arange(self.key_length)[:, None] - torch.arange(self.key_length)
+        seen = self.valid[:, None, None, :] | (distance == 0)
+        if self.causal:
+            seen = seen & (distance >= 0)
+        if window >= 0:
+            seen = seen & (distance < window)
+        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
+        return torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2)
+
+    def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _take(hidden, (self.valid.long() * torch.arange(self.key_length)).amax(1))
+
+
+STEPS = {"ort": CompactStep, "portable": MaskedStep}
+
+
+def cached_step(
+    target: str, attention_mask: torch.Tensor, new_tokens: int, past: Sequence[LayerCache]
+) -> CompactStep | MaskedStep:
+    """The step of an export target. Raises ConfigError for a head size that the target's attention refuses."""
+    head_size = past[0][0].shape[3]
+    if target == "ort" and head_size % 16:
+        raise ConfigError(
+            f"head size = {head_size} must be a multiple of 16 for --target ort; use --target portable, which takes any"
+        )
+    return STEPS[target](attention_mask, new_tokens, past)
+
+
+def _take(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Row b's token index[b]: ``[B, T, C]`` to ``[B, 1, C]``."""
+    return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))

@@ -1,0 +1,138 @@
+"""DecoderConfig: everything our own decoder is made from, its architecture and its encoding. Frozen, and closed.
+
+A key that is not a field is an error that names it; nothing is dropped in silence. Field names are those of
+transformers' ``config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pe_onnx.errors import ConfigError, did_you_mean
+
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "mlp": ("gated", "plain"),
+    "hidden_act": ("silu", "gelu", "gelu_tanh", "relu"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The usual decoders by configuration. Sizes are counts of channels, heads, layers or tokens."""
+
+    encoding: str = "rope"
+    encoding_parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vocab_size: int = 256
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    """None: as many as query heads."""
+    head_dim: int | None = None
+    """None: hidden_size / num_attention_heads."""
+    intermediate_size: int = 176
+    max_position_embeddings: int = 2048
+    """Tokens trained on; the length of a learned table."""
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    mlp: str = "gated"
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    output_bias: bool = False
+    """A bias on the attention's output projection."""
+    mlp_bias: bool = False
+    parallel_residual: bool = False
+    """Attention and MLP read the same input and are added together (GPT-J, GPT-NeoX)."""
+    tie_word_embeddings: bool = True
+    embedding_scale: float = 1.0
+    """The token embedding is multiplied by this before a positional vector is added."""
+    score_scale: float | None = None
+    """Factor on the scores; None: 1 / sqrt(head_dim); T5 has 1."""
+    attention_softcap: float = 0.0
+    """c: scores become c tanh(score / c); 0 for none."""
+    logit_softcap: float = 0.0
+    seed: int = 0
+    """Of the random weights."""
+
+    def __post_init__(self) -> None:
+        defaults = {"num_key_value_heads": self.num_attention_heads}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", "int | None") and field.name not in ("seed", "head_dim"):
+                _require(isinstance(value, int) and value > 0, field.name, value, "a positive integer")
+        for name, accepted in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in accepted, name, value, f"one of {', '.join(accepted)}")
+        if self.head_dim is None:
+            divisible = self.hidden_size % self.num_attention_heads == 0
+            text = f"a divisor of hidden_size = {self.hidden_size}, or give head_dim"
+            _require(divisible, "num_attention_heads", self.num_attention_heads, text)
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _require(self.head_size > 0, "head_dim", self.head_dim, "a positive integer")
+        grouped = self.num_attention_heads % self.kv_heads == 0
+        text = f"a divisor of num_attention_heads = {self.num_attention_heads}"
+        _require(grouped, "num_key_value_heads", self.num_key_value_heads, text)
+        if self.score_scale is None:
+            object.__setattr__(self, "score_scale", self.head_size**-0.5)
+
+    @property
+    def head_size(self) -> int:
+        """D, resolved."""
+        return self.head_dim or 0
+
+    @property
+    def kv_heads(self) -> int:
+        """K, resolved."""
+        return self.num_key_value_heads or 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
+        """Raises ConfigError for a key that is not a field or a value out of range."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown configuration key {key!r}{did_you_mean(key, known)}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DecoderConfig:
+        """A named size with some fields replaced. Raises ConfigError for an unknown name or field."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, resolved; from_dict gives the same configuration back."""
+        return {**dataclasses.asdict(self), "encoding_parameters": dict(self.encoding_parameters)}
+
+
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} = {value!r} must be {accepted}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "intermediate_size": 1408,
+        "max_position_embeddings": 16384,
+    },
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 16384,
+    },
+}
+"""Byte-level decoders (vocabulary 256) in three sizes: 0.1M, 26M and 85M parameters."""

@@ -1,0 +1,290 @@
+"""Export: a decoder, its encoding and a target to a bundle.
+
+``config or checkpoint or module -> Exportable -> torch.onnx.export -> passes -> bundle``. Weights are streamed: they
+stay where the module holds them and are turned and written one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pe_onnx import __version__, contract
+from pe_onnx.bundle import MODEL, WEIGHTS, Bundle, check_output, read_bundle, write_bundle
+from pe_onnx.config import DecoderConfig
+from pe_onnx.errors import ConfigError, ExportError, MissingDependencyError, PeOnnxError, did_you_mean
+
+try:
+    import onnx_ir as ir
+    import torch
+    from onnxscript import optimizer
+    from torch import nn
+except ImportError as error:
+    raise MissingDependencyError(
+        f"export needs {error.name}, which is not installed: pip install 'pe-onnx[export]'"
+    ) from error
+
+from pe_onnx.custom_ops import OPSET, translation_table
+from pe_onnx.models.exportable import Exportable, from_config
+from pe_onnx.passes.contract_names import ContractNames
+from pe_onnx.passes.transposed_weights import TransposedWeights
+
+Progress = Callable[[str], None]
+"""Called with the name of each stage as it begins."""
+
+TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
+
+
+def export(
+    source: nn.Module | str | Path | None = None,
+    output: str | Path = "bundle",
+    *,
+    encoding: str | None = None,
+    encoding_parameters: Mapping[str, Any] | None = None,
+    model: str | Path | None = None,
+    preset: str = "tiny",
+    config: Mapping[str, Any] | None = None,
+    target: str = "ort",
+    dtype: str = "fp32",
+    logits: str | None = None,
+    layers: int | None = None,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    force: bool = False,
+    verbose: bool = False,
+    progress: Progress = lambda stage: None,
+) -> Bundle:
+    """Export to the bundle folder ``output`` and return it.
+
+    One of: ``encoding`` (with ``encoding_parameters``, ``preset`` and fields of DecoderConfig in ``config``) for our
+    own decoder; ``model`` or a path as ``source`` for a checkpoint, a Hugging Face folder or a GGUF file; a module as
+    ``source`` that follows the graph contract, ``module(input_ids, attention_mask, position_ids, past_key_values)``
+    to logits and presents, with its ``layers``, ``kv_heads`` and ``head_size``.
+
+    target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target).
+    Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished; then
+    nothing is written.
+    """
+    one_of("target", target, contract.TARGETS)
+    one_of("dtype", dtype, contract.DTYPES)
+    logits = logits or contract.DEFAULT_LOGITS[target]
+    one_of("logits", logits, contract.LOGITS)
+    check_output(Path(output), force)
+    if isinstance(source, str | Path):
+        source, model = None, source
+    given = [name for name, x in (("a module", source), ("encoding", encoding), ("model", model)) if x is not None]
+    if len(given) != 1:
+        raise ConfigError(f"give one of encoding, model and a module; received {' and '.join(given) or 'none'}")
+
+    quiet = contextlib.nullcontext() if verbose else silenced()
+    with quiet:
+        progress("load")
+        last_only = logits == "last"
+        if encoding is not None:
+            fields = {"encoding": encoding, "encoding_parameters": dict(encoding_parameters or {}), **(config or {})}
+            exportable = from_config(
+                DecoderConfig.preset(preset, **fields), cast(contract.Target, target), last_only, preset
+            )
+        elif model is not None:
+            from pe_onnx.models.bridge import from_checkpoint
+
+            exportable = from_checkpoint(Path(model), cast(contract.Target, target), last_only)
+        else:
+            assert source is not None
+            exportable = _from_module(source, layers, kv_heads, head_size)
+        if dtype == "fp16":
+            exportable.module.half()
+        onnx_model = to_onnx(exportable, target, dtype, logits, progress)
+        return _write(onnx_model, exportable, Path(output), target, dtype, logits, force, progress)
+
+
+def to_onnx(
+    exportable: Exportable, target: str, dtype: str, logits: str, progress: Progress = lambda stage: None
+) -> ir.Model:
+    """The ONNX model in memory, weights still the module's own."""
+    progress("trace")
+    torch_dtype = getattr(torch, contract.DTYPES[dtype])
+    E = exportable
+    # sizes that differ from each other and from 1, lest two dimensions be taken for one, and a tensor of its own for
+    # each input, lest two inputs be
+    batch, new, before = 2, 3, 5
+    past = [
+        tuple(torch.zeros(batch, E.kv_heads, before, E.head_size, dtype=torch_dtype) for _ in range(2))
+        for _ in range(E.layers)
+    ]
+    lengths = (new, before + new, new)
+    args = (*(torch.ones(batch, length, dtype=torch.int64) for length in lengths), past)
+    dynamic = torch.export.Dim.DYNAMIC
+    rows = {0: dynamic, 1: dynamic}
+    shapes = (rows, rows, rows, [({0: dynamic, 2: dynamic},) * 2] * E.layers)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(E.module, args, dynamic_shapes=shapes, strict=False)
+        progress("translate")
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=list(contract.input_shapes(E.layers, E.kv_heads, E.head_size)),
+            output_names=["logits", *contract.present_names(E.layers)],
+            opset_version=OPSET,
+            custom_translation_table=translation_table(),
+            optimize=False,
+            dynamo=True,
+            verbose=False,
+        )
+    except PeOnnxError:
+        raise
+    except Exception as error:
+        cause = _root_cause(error)
+        if isinstance(cause, PeOnnxError):
+            raise cause from error
+        first_line = str(cause).strip().split("\n", 1)[0]
+        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}; -v shows everything") from error
+    model = cast(ir.Model, onnx_program.model)
+    progress("optimize")
+    TransposedWeights()(model)
+    optimizer.optimize_ir(model, inline=True)
+    ContractNames(
+        contract.input_shapes(E.layers, E.kv_heads, E.head_size),
+        contract.output_shapes(E.layers, E.kv_heads, E.head_size, E.vocab_size, logits),
+    )(model)
+    if target == "ort":
+        model.opset_imports["com.microsoft"] = 1
+    model.producer_name, model.producer_version = "pe-onnx", __version__
+    model.graph.name = "decoder"
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+    return model
+
+
+def _write(
+    model: ir.Model,
+    exportable: Exportable,
+    output: Path,
+    target: str,
+    dtype: str,
+    logits: str,
+    force: bool,
+    progress: Progress,
+) -> Bundle:
+    manifest = _manifest(model, exportable, target, dtype, logits)
+    for key in ("encoding", "target", "dtype", "logits", "tools"):
+        value = manifest[key]
+        model.metadata_props[f"pe_onnx.{key}"] = value if isinstance(value, str) else json.dumps(value)
+    model.metadata_props["pe_onnx.contract"] = str(contract.VERSION)
+    progress("write")
+    with write_bundle(output, manifest, force) as folder:
+        ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+        if (folder / WEIGHTS).exists():
+            from pe_onnx.bundle import sha256
+
+            model.metadata_props["pe_onnx.weights_sha256"] = sha256(folder / WEIGHTS)
+        for name, values in (("config", exportable.config), ("generation_config", exportable.generation_config)):
+            (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        exportable.write_assets(folder)
+    return read_bundle(output, verify=False)
+
+
+def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
+    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
+    return {
+        "format": 1,
+        "contract": contract.VERSION,
+        "target": target,
+        "dtype": dtype,
+        "logits": logits,
+        "encoding": {"name": e.encoding, "parameters": e.parameters},
+        "model": {
+            "layers": e.layers,
+            "kv_heads": e.kv_heads,
+            "head_size": e.head_size,
+            "vocab_size": e.vocab_size,
+            "trained_length": e.trained_length,
+            "max_length": e.max_length,
+        },
+        "tokenizer": e.tokenizer,
+        "source": e.source,
+        "graph": {
+            "opsets": dict(model.opset_imports),
+            "operators": dict(counts.most_common()),
+            "functions": sorted(f"{f.domain}::{f.name}" for f in model.functions.values()),
+            "weight_bytes": sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value),
+        },
+        "tools": {"pe-onnx": __version__, "python": platform.python_version(), **_tool_versions()},
+    }
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for tool in TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[tool] = importlib.metadata.version(tool)
+    return versions
+
+
+def _from_module(module: nn.Module, layers: int | None, kv_heads: int | None, head_size: int | None) -> Exportable:
+    """A module of the user's own; the vocabulary is read off its logits."""
+    sizes = {"layers": layers, "kv_heads": kv_heads, "head_size": head_size}
+    missing = [name for name, value in sizes.items() if not value]
+    if missing or layers is None or kv_heads is None or head_size is None:
+        raise ConfigError(f"a module needs its cache's sizes: give {', '.join(missing)}")
+    module = module.eval()
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    past = [(torch.zeros(1, kv_heads, 0, head_size, dtype=dtype),) * 2 for _ in range(layers)]
+    one = torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        logits, presents = module(one * 0, one, one * 0, past)
+    if len(presents) != layers:
+        raise ConfigError(f"layers = {layers}, and the module returns {len(presents)} caches")
+    name = type(module).__qualname__
+    return Exportable(
+        module=module,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocab_size=logits.shape[-1],
+        encoding="module",
+        parameters={},
+        source={"kind": "module", "class": f"{type(module).__module__}.{name}"},
+        config={"model_type": "pe_onnx", "architectures": [name], "vocab_size": logits.shape[-1]},
+    )
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep the torch exporter's and transformers' chatter off the terminal; errors are raised, not logged."""
+    names = ("torch", "torch.onnx", "onnxscript", "onnx_ir", "transformers", "py.warnings")
+    levels = {name: logging.getLogger(name).level for name in names}
+    previous = logging.root.manager.disable
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        logging.disable(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def one_of(name: str, value: str, accepted: Mapping[str, Any] | tuple[str, ...]) -> None:
+    """Raises ConfigError for a value that is not accepted."""
+    if value not in accepted:
+        hint = did_you_mean(value, accepted)
+        raise ConfigError(f"{name} = {value!r} must be one of {', '.join(accepted)}{hint}")
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,0 +1,49 @@
+"""The contract's names for inputs, outputs and their symbolic dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from pe_onnx.errors import ExportError
+
+Shapes = Mapping[str, tuple[str | int, ...]]
+
+
+class ContractNames(ir.passes.InPlacePass):
+    """Check every input and output against the contract and give its dimensions the contract's names.
+
+    Shapes of values inside the graph are dropped: they carry the exporter's symbols, and some are tighter at run time
+    (a bias that all rows share has batch 1).
+    """
+
+    def __init__(self, inputs: Shapes, outputs: Shapes) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for values, shapes in ((model.graph.inputs, self.inputs), (model.graph.outputs, self.outputs)):
+            names = [value.name for value in values]
+            if names != list(shapes):
+                raise ExportError(f"the exported graph has {names}, and the graph contract {list(shapes)}")
+            for value in values:
+                self._rename(value, shapes[value.name or ""])
+        kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+        for node in model.graph:
+            for output in node.outputs:
+                if id(output) not in kept:
+                    output.shape = None
+        return ir.passes.PassResult(model, True)
+
+    def _rename(self, value: ir.Value, shape: tuple[str | int, ...]) -> None:
+        actual = list(value.shape or ())
+        if len(actual) != len(shape):
+            raise ExportError(f"{value.name} has shape {actual}, and the graph contract {list(shape)}")
+        for have, want in zip(actual, shape, strict=True):
+            if isinstance(want, int) and isinstance(have, int) and have != want:
+                raise ExportError(f"{value.name} has shape {actual}, and the graph contract {list(shape)}")
+            if isinstance(want, str) and isinstance(have, int):
+                raise ExportError(f"{value.name}: {want} is fixed at {have}; the module's code ties it to a number")
+        value.shape = ir.Shape(shape)

@@ -1,0 +1,149 @@
+"""A bundle open in onnxruntime: provider, threads and one way to run a step. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pe_onnx.bundle import Bundle
+from pe_onnx.errors import BundleError, ConfigError, MissingDependencyError, ProviderError, did_you_mean
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loads
+try:
+    import onnxruntime
+except ImportError as error:
+    raise MissingDependencyError(
+        "onnxruntime is not installed: pip install 'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (never both)"
+    ) from error
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def resolve_provider(name: str) -> str:
+    """``cpu``, ``cuda`` or ``auto`` (CUDA where it can be had) to onnxruntime's name.
+
+    Raises ConfigError for another name and ProviderError, which says what is missing, where CUDA cannot be had: there
+    is no silent fall-back.
+    """
+    if name not in (*PROVIDERS, "auto"):
+        hint = did_you_mean(name, [*PROVIDERS, "auto"])
+        raise ConfigError(f"provider = {name!r} must be one of cpu, cuda, auto{hint}")
+    missing = None if name == "cpu" else _missing_for_cuda()
+    if name == "cuda" and missing:
+        raise ProviderError(f"provider 'cuda' cannot be had: {missing}")
+    return PROVIDERS["cpu" if missing or name == "cpu" else "cuda"]
+
+
+def _missing_for_cuda() -> str | None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return (
+            f"onnxruntime {onnxruntime.__version__} is a CPU build; pip uninstall onnxruntime, then "
+            f"pip install 'pe-onnx[gpu]'"
+        )
+    if not os.path.exists("/proc/driver/nvidia/version") and not os.path.exists("/dev/nvidia0") and os.name == "posix":
+        return "no NVIDIA driver is loaded on this machine"
+    onnxruntime.preload_dlls()
+    return None
+
+
+class Session:
+    """An onnxruntime session of a bundle.
+
+    provider: ``cpu``, ``cuda`` or ``auto``. threads: of one operator, 0 for one a physical core.
+    Raises ProviderError where the provider cannot be had, BundleError where onnxruntime refuses the model.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str = "cpu",
+        threads: int = 0,
+        options: Mapping[str, str] | None = None,
+        optimize: bool = True,
+    ) -> None:
+        wanted = resolve_provider(provider)
+        session_options = onnxruntime.SessionOptions()
+        session_options.log_severity_level = 3
+        session_options.intra_op_num_threads = threads
+        if not optimize:
+            session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for key, value in (options or {}).items():
+            session_options.add_session_config_entry(key, value)
+        self.bundle = bundle
+        self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
+        providers = [wanted] if self.device == "cpu" else [wanted, PROVIDERS["cpu"]]
+        try:
+            self.inference = onnxruntime.InferenceSession(str(bundle.model), session_options, providers=providers)
+        except Exception as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise BundleError(f"onnxruntime cannot load {bundle.model}: {reason}") from error
+        if wanted not in self.inference.get_providers():
+            raise ProviderError(f"provider {provider!r} cannot be had: onnxruntime did not start {wanted}")
+        if self.inference.get_providers()[0] != wanted:
+            raise ProviderError(f"onnxruntime fell back to {self.inference.get_providers()[0]} from {wanted}")
+
+    def array(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """Zeros on the session's device, at an address that never changes."""
+        return DeviceArray(shape, np.dtype(dtype), self.device)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """An uninitialised OrtValue on the session's device."""
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
+
+    def binding(self) -> Any:
+        """An empty onnxruntime IOBinding."""
+        return self.inference.io_binding()
+
+    def run(self, binding: Any) -> None:
+        """One step with everything bound."""
+        self.inference.run_with_iobinding(binding)
+
+
+class DeviceArray:
+    """A contiguous array that onnxruntime reads and writes in place; ``host`` is its memory on the CPU."""
+
+    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], device: str) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.device = device
+        self.host = np.zeros(self.shape, dtype)
+        self._value = None
+        if device != "cpu":
+            self._value = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0)
+
+    @property
+    def address(self) -> int:
+        return self._value.data_ptr() if self._value is not None else self.host.ctypes.data
+
+    def upload(self) -> None:
+        """Make the device see what was written to ``host``."""
+        if self._value is not None:
+            self._value.update_inplace(self.host)
+
+    def download(self) -> np.ndarray[Any, Any]:
+        """What the device wrote; on the CPU no copy."""
+        if self._value is not None:
+            self.host[...] = self._value.numpy()
+        return self.host
+
+    def bind(
+        self,
+        binding: Any,
+        name: str,
+        output: bool = False,
+        shape: Sequence[int] | None = None,
+        offset: int = 0,
+    ) -> None:
+        """Bind it, or a contiguous part of it of ``shape`` from element ``offset`` on."""
+        bind = binding.bind_output if output else binding.bind_input
+        bind(
+            name,
+            self.device,
+            0,
+            self.dtype.type,
+            list(self.shape if shape is None else shape),
+            self.address + offset * self.dtype.itemsize,
+        )
