@@ -27,6 +27,7 @@ try:
     import onnx_ir as ir
     import torch
     from onnxscript import optimizer
+    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
     from torch import nn
 except ImportError as error:
     raise MissingDependencyError(
@@ -40,6 +41,9 @@ from pe_onnx.passes.transposed_weights import TransposedWeights
 
 Progress = Callable[[str], None]
 """Called with the name of each stage as it begins."""
+
+EMBED_BELOW_BYTES = 1 << 20
+"""Weights smaller than this stand in model.onnx itself."""
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
 
@@ -152,6 +156,8 @@ def to_onnx(
     progress("optimize")
     TransposedWeights()(model)
     optimizer.optimize_ir(model, inline=True)
+    fuse_rms_normalization(model)
+    optimizer.optimize_ir(model, inline=False)
     ContractNames(
         contract.input_shapes(E.layers, E.kv_heads, E.head_size),
         contract.output_shapes(E.layers, E.kv_heads, E.head_size, E.vocab_size, logits),
@@ -183,11 +189,8 @@ def _write(
     model.metadata_props["pe_onnx.contract"] = str(contract.VERSION)
     progress("write")
     with write_bundle(output, manifest, force) as folder:
-        ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
-        if (folder / WEIGHTS).exists():
-            from pe_onnx.bundle import sha256
-
-            model.metadata_props["pe_onnx.weights_sha256"] = sha256(folder / WEIGHTS)
+        embedded = manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES
+        ir.save(model, folder / MODEL, external_data=None if embedded else WEIGHTS)
         for name, values in (("config", exportable.config), ("generation_config", exportable.generation_config)):
             (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         exportable.write_assets(folder)
@@ -262,6 +265,10 @@ def _from_module(module: nn.Module, layers: int | None, kv_heads: int | None, he
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """Keep the torch exporter's and transformers' chatter off the terminal; errors are raised, not logged."""
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     names = ("torch", "torch.onnx", "onnxscript", "onnx_ir", "transformers", "py.warnings")
     levels = {name: logging.getLogger(name).level for name in names}
     previous = logging.root.manager.disable

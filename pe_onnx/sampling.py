@@ -79,7 +79,7 @@ class Sampler:
         """The next token of each row, int64 ``[B]``.
 
         ``logits`` is float32 ``[B, V]`` and stays as it is. ``histories[b]`` holds the token ids of row b so
-        far, prompt included; only the repetition penalty reads them, and ids outside the vocabulary are skipped.
+        far, prompt included; only the repetition penalty reads them, and skips ids outside the vocabulary.
 
         Raises InputError when there are not ``batch_size`` rows, and BundleError when the largest logit of a
         row is not a finite number (NaN, infinity, or every token masked).

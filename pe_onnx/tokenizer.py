@@ -83,9 +83,7 @@ class Tokenizer(ABC):
                 continue
             ids = value if isinstance(value, list) else [value]
             if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-                raise BundleError(
-                    f"{self._folder / name}: eos_token_id = {value!r}: accepted is an id or a list"
-                )
+                raise BundleError(f"{name}: eos_token_id = {value!r}: accepted is an id or a list of ids")
             return frozenset(ids)
         eos = self.token_to_id(self.special_tokens.get("eos_token", ""))
         return frozenset() if eos is None else frozenset([eos])
@@ -96,12 +94,8 @@ class Tokenizer(ABC):
         named = self._json("tokenizer_config.json")
         if "added_tokens_decoder" not in named:  # before transformers 4.34 they had their own file
             named = named | self._json("special_tokens_map.json")
-        contents = {
-            key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()
-        }
-        return {
-            key: text for key, text in contents.items() if key.endswith("_token") and isinstance(text, str)
-        }
+        texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
+        return {key: v for key, v in texts.items() if key.endswith("_token") and isinstance(v, str)}
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -112,7 +106,7 @@ class Tokenizer(ABC):
         template = self._json("tokenizer_config.json").get("chat_template")
         if isinstance(template, list):
             template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-        return template
+        return template if isinstance(template, str) else None
 
     def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation, as transformers' `apply_chat_template` writes it.
@@ -127,12 +121,13 @@ class Tokenizer(ABC):
             raise InputError(f"messages = {messages!r}: accepted is a list of dicts with role and content")
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         variables = {"messages": given, "add_generation_prompt": add_generation_prompt}
+        variables |= {"tools": None, "documents": None, **self.special_tokens}
         environment = _chat_environment()
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(**self.special_tokens, **variables, tools=None, documents=None)
+            return environment.from_string(self.chat_template).render(variables)
         except Exception as error:  # the template is the checkpoint's program: it can raise anything
-            raise InputError(f"the chat template fails: {type(error).__name__}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"the chat template fails: {type(error).__name__}: {reason}") from error
 
     def _json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file of the folder, empty if the file is missing."""
@@ -156,9 +151,7 @@ class JsonTokenizer(Tokenizer):
         tokenizers = _import("tokenizers")
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise BundleError(
-                f"{path} is missing: export the bundle again, or give token ids, as in --tokens 1,2,3"
-            )
+            raise BundleError(f"{path} is missing: export again, or give token ids, as in --tokens 1,2,3")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -189,8 +182,8 @@ class JsonTokenizer(Tokenizer):
 class VocabTokenizer(Tokenizer):
     """A plain vocab.json ``{token: id}``: at each character the longest token that matches.
 
-    Special tokens are matched in the text like any other; none are added around it. A character that begins no
-    token becomes ``<unk>``, or raises InputError if the vocabulary has no ``<unk>``.
+    Special tokens are matched in the text like any other; none are added around it. A character that begins
+    no token becomes ``<unk>``, or raises InputError if the vocabulary has no ``<unk>``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -226,9 +219,8 @@ class VocabTokenizer(Tokenizer):
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        return self.eos_token_ids | {
-            self._ids[token] for token in self.special_tokens.values() if token in self._ids
-        }
+        named = self.special_tokens.values()
+        return self.eos_token_ids | {self._ids[token] for token in named if token in self._ids}
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
@@ -257,9 +249,7 @@ class NoTokenizer(Tokenizer):
         raise InputError("this bundle has no tokenizer: give token ids, as in --tokens 1,2,3")
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        raise InputError(
-            "this bundle has no tokenizer, so ids have no text: give and read ids, --tokens 1,2,3"
-        )
+        raise InputError("this bundle has no tokenizer: read token ids, give them as in --tokens 1,2,3")
 
     def is_silent(self, token_id: int) -> bool:
         return False
@@ -290,8 +280,8 @@ def load_tokenizer(folder: Path, spec: Mapping[str, Any] | None) -> Tokenizer:
 class TextStream:
     """Text of token ids that arrive one by one: nothing that a later token can change, nothing after a stop.
 
-    Joined, the pieces are the whole decoding of the ids, up to the stop string. As text-generation-inference
-    does, decode only a window, so that a token costs the same after 10 others or 10,000: the tokens of the last
+    Joined, the pieces are the whole decoding of the ids, up to the stop string. Only a window is decoded, as
+    in text-generation-inference, so a token costs the same after 10 others or 10,000: the tokens of the last
     piece, whose text is out (a decoder that strips a leading space strips it there), and those whose text is
     held back, 16 at most. One case is not exact: byte fallback replaces every byte of a run of byte tokens if
     one of them is invalid; in a run of more than 16, what was out already stays as it was.
@@ -348,7 +338,7 @@ class TextStream:
         return end
 
     def _advance(self, end: int) -> str:
-        """The text of the window's tokens from `_read` to ``end``; they become the context of the next ones."""
+        """The text of the window's tokens from `_read` to ``end``; they become the context of the next."""
         before = self._tokenizer.decode(self._window[: self._read])
         after = self._tokenizer.decode(self._window[:end])
         if after.startswith(before):
