@@ -326,16 +326,14 @@ class TextStream:
         return "" if self.stopped else self._emit(self._advance(len(self._window)), final=True)
 
     def _last_border(self, text: str) -> int:
-        """A token border near the window's end that no character crosses, before an unfinished character.
+        """The last token border with a whole character before it, else one that no character crosses.
 
         A character has at most 4 bytes, an unfinished one at most 3, and a token at least one.
         """
-        end = len(self._window)
-        for border in range(end - 3, end - 7, -1):
-            head, rest = self._window[:border], self._window[border:]
-            if self._tokenizer.decode(head) + self._tokenizer.decode(rest) == text:
-                return border
-        return end
+        decode, window, end = self._tokenizer.decode, self._window, len(self._window)
+        whole = [n for n in range(end - 3, end + 1) if not decode(window[:n]).endswith(_REPLACEMENT)]
+        apart = [n for n in range(end - 6, end - 2) if decode(window[:n]) + decode(window[n:]) == text]
+        return max(whole or apart or [end])
 
     def _advance(self, end: int) -> str:
         """The text of the window's tokens from `_read` to ``end``; they become the context of the next."""

@@ -1,4 +1,4 @@
-"""Sampling against transformers' own logits processors, and the draws against the distribution they should have."""
+"""Sampling against transformers' logits processors, and draws against the distribution they come from."""
 
 from __future__ import annotations
 

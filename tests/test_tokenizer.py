@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pe_onnx.errors import BundleError, ConfigError, InputError, MissingDependencyError
+from pe_onnx.errors import BundleError, ConfigError, InputError
 from pe_onnx.tokenizer import TextStream, Tokenizer, load_tokenizer
 
+NOWHERE = Path("nowhere")
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, doesn't it?",
     "Où est l'été? Der Bär läuft über die Straße; ¿qué tal, señor?",
@@ -39,12 +39,8 @@ def byte_level() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<bos>", "<eos>", "<|user|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special, alphabet = ["<bos>", "<eos>", "<|user|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.add_tokens([AddedToken("<tool call>", normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
@@ -54,14 +50,12 @@ def byte_level() -> tokenizers.Tokenizer:
 def byte_fallback() -> tokenizers.Tokenizer:
     """A sentencepiece-style BPE: "▁" for spaces, bytes for unknown characters, the first space stripped."""
     pieces = ["<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdehlorw.", "▁▁"]
-    merges = [("▁", "▁")]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
-    )
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocab, [("▁", "▁")], unk_token="<unk>", byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(["<unk>", "<bos>", "<eos>"])
     return tokenizer
 
@@ -70,7 +64,6 @@ def metaspace() -> tokenizers.Tokenizer:
     """A unigram model whose decoder drops the spaces of the first token."""
     pieces = ["<unk>", "▁", "▁a", "▁the", "s", "ing", "▁▁", "é", "."]
     tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0, False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
 
@@ -81,64 +74,47 @@ def word_pieces() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-BACKENDS: list[Callable[[], tokenizers.Tokenizer]] = [byte_level, byte_fallback, metaspace, word_pieces]
-
-
 def write_json(folder: Path, name: str, content: object) -> None:
     (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
-def load_json_tokenizer(folder: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
+def load_saved(folder: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
     backend.save(str(folder / "tokenizer.json"))
     return load_tokenizer(folder, {"kind": "tokenizer.json"})
 
 
-def save_pretrained(folder: Path, **options: Any) -> None:
-    """The folder of a checkpoint, as transformers writes it."""
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(), bos_token="<bos>", eos_token="<eos>", pad_token="<eos>", **options
-    )
+def load_both(folder: Path, chat_template: str | None = None) -> tuple[Tokenizer, Any]:
+    """Ours and transformers', from the folder of a checkpoint as transformers writes it."""
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), chat_template=chat_template, **names)
     fast.save_pretrained(folder)
-
-
-# --- text to ids and back ---------------------------------------------------------------------------------------
+    return load_tokenizer(folder, {"kind": "tokenizer.json"}), AutoTokenizer.from_pretrained(folder)
 
 
 def test_tokenizer_json_is_that_of_transformers(tmp_path: Path) -> None:
-    save_pretrained(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    ours = load_tokenizer(tmp_path, {"kind": "tokenizer.json"})
+    ours, theirs = load_both(tmp_path)
     for text in [*SENTENCES, "<|user|>hi<eos> <tool call>", "\x00\u200d\U0010ffff"]:
         for special in (True, False):
             ids = ours.encode(text, add_special_tokens=special)
             assert ids == theirs.encode(text, add_special_tokens=special)
+            assert (ids[:1] == [0]) == special
             for skip in (True, False):
-                assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(
-                    ids, skip_special_tokens=skip
-                )
-        assert ours.encode(text)[0] == 0
-        assert ours.encode(text, add_special_tokens=False)[:1] != [0]
+                want = theirs.decode(ids, skip_special_tokens=skip)
+                assert ours.decode(ids, skip_special_tokens=skip) == want
     assert ours.eos_token_ids == {theirs.eos_token_id}
-
-
-def test_truncation_and_padding_of_the_training_run_are_off(tmp_path: Path) -> None:
     backend = byte_level()
     backend.enable_truncation(4)
-    backend.enable_padding(length=50)
-    ours = load_json_tokenizer(tmp_path, backend)
-    ids = ours.encode(SENTENCES[0])
-    assert 4 < len(ids) != 50
-    assert ours.decode(ids) == SENTENCES[0]
+    backend.enable_padding(length=50)  # settings of a training run, which do not count
+    assert load_saved(tmp_path, backend).encode(SENTENCES[0]) == theirs.encode(SENTENCES[0])
 
 
 def test_bytes() -> None:
-    ours = load_tokenizer(Path("nowhere"), {"kind": "bytes"})
+    ours = load_tokenizer(NOWHERE, {"kind": "bytes"})
     for text in SENTENCES:
         assert ours.encode(text) == list(text.encode("utf-8"))
         assert ours.decode(ours.encode(text)) == text
     assert ours.decode([104, 256, 999, 105]) == "hi"
     assert ours.decode([0xE2, 0x82]) == "\ufffd"
-    assert ours.eos_token_ids == frozenset()
 
 
 def test_vocab_takes_the_longest_match(tmp_path: Path) -> None:
@@ -150,18 +126,13 @@ def test_vocab_takes_the_longest_match(tmp_path: Path) -> None:
     assert ours.decode([7, 3, 2, 4, 0, 9, 77]) == "abcaba<unk>"
     assert ours.decode([7, 3, 0], skip_special_tokens=False) == "<s>abc<eos>"
     assert ours.eos_token_ids == {0}
-
-
-def test_vocab_without_unk_names_what_it_cannot_take(tmp_path: Path) -> None:
     write_json(tmp_path, "vocab.json", {"1": 0, "+": 1})
-    ours = load_tokenizer(tmp_path, {"kind": "vocab"})
-    assert ours.encode("1+1") == [0, 1, 0]
     with pytest.raises(InputError, match=r"'x' at character 2: accepted are 1 \+$"):
-        ours.encode("1+x")
+        load_tokenizer(tmp_path, {"kind": "vocab"}).encode("1+x")
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"a": "1"}, {"a": -1}, {"": 1}, {"a": 1, "b": 1}, {"a": True}, ["a"]], ids=str
+    "content", [{}, {"a": "1"}, {"a": -1}, {"": 1}, {"a": 1, "b": 1}, {"a": True}, ["a"]]
 )
 def test_a_broken_vocab_is_refused(tmp_path: Path, content: object) -> None:
     write_json(tmp_path, "vocab.json", content)
@@ -173,10 +144,8 @@ def test_without_a_tokenizer_ids_must_be_given(tmp_path: Path) -> None:
     write_json(tmp_path, "config.json", {"eos_token_id": 5})
     none = load_tokenizer(tmp_path, None)
     for call in (lambda: none.encode("hi"), lambda: none.decode([1])):
-        with pytest.raises(InputError, match="no tokenizer.*--tokens 1,2,3"):
+        with pytest.raises(InputError, match=r"no tokenizer.*--tokens 1,2,3"):
             call()
-    with pytest.raises(InputError, match="no chat template"):
-        none.apply_chat_template(MESSAGES)
     assert none.eos_token_ids == {5}
 
 
@@ -190,43 +159,27 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path, {"kind": "tokenizer.json"})
-    ours = load_tokenizer(tmp_path, {"kind": "bytes"})
     with pytest.raises(InputError, match=r"'\\udcff' at character 2"):
-        ours.encode("ab\udcff")
+        load_tokenizer(tmp_path, {"kind": "bytes"}).encode("ab\udcff")
     with pytest.raises(InputError, match="token id = -1"):
-        ours.decode([3, -1])
+        load_tokenizer(tmp_path, {"kind": "bytes"}).decode([3, -1])
 
 
-# --- end of sequence --------------------------------------------------------------------------------------------
+EOS_FILES = ("generation_config.json", "config.json", "tokenizer_config.json")
+EOS = [([[7, 8], 5, 4], {7, 8}), ([None, 5, 4], {5}), ([None, 0, 4], {0}), ([None, None, 4], {4})]
 
 
-@pytest.mark.parametrize(
-    ("files", "want"),
-    [
-        ({"generation_config.json": [7, 8], "config.json": 5, "tokenizer_config.json": 4}, {7, 8}),
-        ({"generation_config.json": None, "config.json": 5, "tokenizer_config.json": 4}, {5}),
-        ({"config.json": 0, "tokenizer_config.json": 4}, {0}),
-        ({"config.json": None, "tokenizer_config.json": 4}, {4}),
-        ({"config.json": []}, set()),
-        ({}, set()),
-    ],
-)
-def test_eos_comes_from_the_first_file_that_has_it(
-    tmp_path: Path, files: dict[str, Any], want: set[int]
-) -> None:
-    for name, value in files.items():
+@pytest.mark.parametrize(("values", "want"), EOS)
+def test_eos_comes_from_the_first_file_that_has_it(tmp_path: Path, values: list[Any], want: set[int]) -> None:
+    assert load_tokenizer(tmp_path, {"kind": "bytes"}).eos_token_ids == set()
+    for name, value in zip(EOS_FILES, values, strict=True):
         write_json(tmp_path, name, {"eos_token_id": value})
     assert load_tokenizer(tmp_path, {"kind": "bytes"}).eos_token_ids == want
+    for wrong in ("2", True, -1, [2, None], 2.0):
+        write_json(tmp_path, EOS_FILES[0], {"eos_token_id": wrong})
+        with pytest.raises(BundleError, match=r"config\.json: eos_token_id = "):
+            _ = load_tokenizer(tmp_path, {"kind": "bytes"}).eos_token_ids
 
-
-@pytest.mark.parametrize("value", ["2", True, -1, [2, None], 2.0])
-def test_an_eos_that_is_no_id_is_refused(tmp_path: Path, value: object) -> None:
-    write_json(tmp_path, "config.json", {"eos_token_id": value})
-    with pytest.raises(BundleError, match=r"config\.json: eos_token_id = "):
-        _ = load_tokenizer(tmp_path, {"kind": "bytes"}).eos_token_ids
-
-
-# --- chat templates ---------------------------------------------------------------------------------------------
 
 TEMPLATES = {
     "special tokens, whitespace control": """{{ bos_token }}
@@ -239,79 +192,63 @@ TEMPLATES = {
     {% endfor %}
     {% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}
 """,
-    "tojson": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}",
+    "tojson": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} "
+    "{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}",
     "loop controls": "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}"
     "{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
-    "generation": "{% for m in messages %}{% set x = 1 %}{% generation %}{% set x = 2 %} {{ m.content }}{{ x }}\n"
-    "{%- endgeneration %}|{{ x }}\n{% endfor %}",
-    "None left out": "{% for m in messages %}{{ 'tool_calls' in m }} {{ m.tool_calls is defined }} {% endfor %}",
-    "names that are not given": "{{ tools is none }}{{ documents is none }}{{ unk_token is defined }}{{ pad_token }}",
+    "generation": "{% for m in messages %}{% set x = 1 %}{% generation %}{% set x = 2 %} {{ m.content }}"
+    "{{ x }}\n{%- endgeneration %}|{{ x }}\n{% endfor %}",
+    "None is left out": "{% for m in messages %}{{ 'tool_calls' in m }} {% endfor %}",
+    "names not given": "{{ tools is none }}{{ documents is none }}{{ unk_token is defined }}{{ pad_token }}",
     "namespace, macro, today": "{% set ns = namespace(n=0) %}{% macro f(x) %}<{{ x }}>{% endmacro %}"
     "{% for m in messages %}{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ f(ns.n) }}"
     "{{ strftime_now('%Y') | length }}",
-    "no trailing newline\n\n": "a\n{{ messages | length }}\n",
+    "trailing newline": "a\n{{ messages | length }}\n",
 }
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_chat_templates_render_as_in_transformers(
-    tmp_path: Path, name: str, add_generation_prompt: bool
-) -> None:
-    save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    want = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=add_generation_prompt)
-    ours = load_tokenizer(tmp_path, {"kind": "tokenizer.json"})
-    got = ours.apply_chat_template(MESSAGES, add_generation_prompt=add_generation_prompt)
-    assert got == want
-    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=add_generation_prompt)["input_ids"]
+@pytest.mark.parametrize("prompt", [True, False])
+def test_chat_templates_render_as_in_transformers(tmp_path: Path, name: str, prompt: bool) -> None:
+    ours, theirs = load_both(tmp_path, TEMPLATES[name])
+    got = ours.apply_chat_template(MESSAGES, add_generation_prompt=prompt)
+    assert got == theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt, tokenize=False)
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt)["input_ids"]
     assert ours.encode(got, add_special_tokens=False) == ids
 
 
 def test_where_the_chat_template_comes_from(tmp_path: Path) -> None:
-    ours = load_tokenizer(tmp_path, {"kind": "bytes"})
     with pytest.raises(InputError, match="no chat template"):
-        ours.apply_chat_template(MESSAGES)
+        load_tokenizer(tmp_path, {"kind": "bytes"}).apply_chat_template(MESSAGES)
     named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "{{ bos_token }} default"}]
     for template, want in (("plain{{ bos_token }}", "plain<s>"), (named, "<s> default")):
-        write_json(
-            tmp_path, "tokenizer_config.json", {"chat_template": template, "bos_token": {"content": "<s>"}}
-        )
+        config = {"chat_template": template, "bos_token": {"content": "<s>"}}
+        write_json(tmp_path, "tokenizer_config.json", config)
         assert load_tokenizer(tmp_path, {"kind": "bytes"}).apply_chat_template(MESSAGES) == want
     (tmp_path / "chat_template.jinja").write_text("file", encoding="utf-8")
     assert load_tokenizer(tmp_path, {"kind": "bytes"}).apply_chat_template(MESSAGES) == "file"
 
 
 @pytest.mark.parametrize(
-    ("template", "complaint"),
+    ("template", "messages", "complaint"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for m in messages %}\n", "TemplateSyntaxError"),
-        ("{{ messages[0].content + 1 }}", "TypeError"),
-        ("{{ messages.append({}) }}", "SecurityError"),
-        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ raise_exception('roles must alternate') }}", MESSAGES, "roles must alternate"),
+        ("{% for m in messages %}\n", MESSAGES, "TemplateSyntaxError"),
+        ("{{ messages[0].content + 1 }}", MESSAGES, "TypeError"),
+        ("{{ messages.append({}) }}", MESSAGES, "SecurityError"),
+        ("{{ ''.__class__.__mro__ }}", MESSAGES, "SecurityError"),
+        ("x", [], "messages = "),
+        ("x", ["hello"], "messages = "),
     ],
 )
-def test_a_template_that_fails_is_an_input_error(tmp_path: Path, template: str, complaint: str) -> None:
+def test_a_failing_chat_is_named(tmp_path: Path, template: str, messages: Any, complaint: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
     with pytest.raises(InputError, match=complaint) as caught:
-        load_tokenizer(tmp_path, {"kind": "bytes"}).apply_chat_template(MESSAGES)
+        load_tokenizer(tmp_path, {"kind": "bytes"}).apply_chat_template(messages)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("messages", [[], ["hello"], [MESSAGES]])
-def test_messages_must_be_a_list_of_dicts(tmp_path: Path, messages: list[Any]) -> None:
-    (tmp_path / "chat_template.jinja").write_text("x", encoding="utf-8")
-    with pytest.raises(InputError, match="messages = "):
-        load_tokenizer(tmp_path, {"kind": "bytes"}).apply_chat_template(messages)
-
-
-# --- the text stream --------------------------------------------------------------------------------------------
-
-
 def stream(tokenizer: Tokenizer, ids: list[int], **options: Any) -> TextStream:
-    """Push all ids, and hold at each step that what is out is a beginning of the whole text."""
     text_stream = TextStream(tokenizer, **options)
     pieces = [text_stream.push(token_id) for token_id in ids]
     pieces.append(text_stream.finish())
@@ -320,25 +257,26 @@ def stream(tokenizer: Tokenizer, ids: list[int], **options: Any) -> TextStream:
     return text_stream
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [byte_level, byte_fallback, metaspace, word_pieces])
 @pytest.mark.parametrize("seed", range(8))
-def test_streaming_is_decoding_everything(tmp_path: Path, backend: Callable[[], Any], seed: int) -> None:
-    ours = load_json_tokenizer(tmp_path, backend())
-    V = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].__len__()
+def test_streaming_is_decoding_everything(tmp_path: Path, backend: Any, seed: int) -> None:
+    ours = load_saved(tmp_path, backend())
+    V = backend().get_vocab_size()
     rng = random.Random(seed)
     for length in (0, 1, 2, 3, 5, 15, 63, 400):
         ids = [rng.randrange(V + 3) for _ in range(length)]
-        if backend is byte_fallback:  # runs of at most 16 byte tokens, which is what is exact
-            ids = [token_id if rng.random() < 0.7 else rng.choice([259, 260, 270]) for token_id in ids]
-            ids = [259 if i % 16 == 15 else token_id for i, token_id in enumerate(ids)]
+        if backend is byte_fallback:  # no run of more than 15 byte tokens: 259 to 271 are none
+            ids = [
+                rng.randrange(259, V) if rng.random() < 0.3 or i % 16 == 15 else n for i, n in enumerate(ids)
+            ]
         assert stream(ours, ids).text == ours.decode(ids)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_streaming_bytes_that_are_no_utf8(seed: int) -> None:
-    ours = load_tokenizer(Path("nowhere"), {"kind": "bytes"})
+    ours = load_tokenizer(NOWHERE, {"kind": "bytes"})
     rng = random.Random(seed)
-    lead = [
+    mixed = [
         0x41,
         0x80,
         0xBF,
@@ -357,102 +295,82 @@ def test_streaming_bytes_that_are_no_utf8(seed: int) -> None:
         0xBD,
         300,
     ]
-    for choices in (
-        range(256),
-        lead,
-        [0x80],
-        [0xF0, 0x9F, 0x98],
-        [0xE2, 0x82, 0xAC, 0xFF],
-        [0xEF, 0xBF, 0xBD],
-    ):
+    for choices in (range(256), mixed, [0x80], [0xF0, 0x9F, 0x98], [0xE2, 0x82, 0xAC, 0xFF], mixed[-4:-1]):
         for length in (1, 2, 3, 17, 200):
             ids = [rng.choice(choices) for _ in range(length)]
-            assert stream(ours, ids).text == bytes(i for i in ids if i < 256).decode("utf-8", "replace")
-    endless = [0xEF, 0xBF, 0xBD] * 40  # U+FFFD itself, never anything else at the end
-    assert stream(ours, endless).text == "\ufffd" * 40
-    assert stream(ours, [0xFF] + endless + [0xFF]).text == "\ufffd" * 42
+            assert stream(ours, ids).text == bytes(n for n in ids if n < 256).decode("utf-8", "replace")
+    endless = [0xEF, 0xBF, 0xBD] * 40  # U+FFFD itself, so that no text ends in anything else
+    assert stream(ours, [0xFF, *endless, 0xFF]).text == "\ufffd" * 42
 
 
-def test_a_long_run_of_byte_fallback_keeps_valid_text_exact(tmp_path: Path) -> None:
-    ours = load_json_tokenizer(tmp_path, byte_fallback())
-    text = "hello 日本語の文章と中文的句子한국어문장도🙂🚀🙂🚀🙂 world."
+def test_a_long_run_of_byte_fallback_is_exact_if_valid_and_late_by_16_tokens(tmp_path: Path) -> None:
+    ours = load_saved(tmp_path, byte_fallback())
+    text = "hello 日本語の文章と中文的句子한국어문장도🙂🚀🙂🚀🙂é world."
     ids = ours.encode(text)
-    assert len(ids) > 60
     assert stream(ours, ids).text == ours.decode(ids) == text
-
-
-@pytest.mark.parametrize("kind", ["bytes", "tokenizer.json"])
-def test_no_half_character_is_shown(tmp_path: Path, kind: str) -> None:
-    byte_level().save(str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer(tmp_path, {"kind": kind})
-    text = "a🙂é日"
     text_stream = TextStream(ours)
-    shown = [text_stream.push(token_id) for token_id in ours.encode(text)]
-    assert "".join(shown) == text
-    assert not any("\ufffd" in piece for piece in shown)
-    assert "" in shown
-    half = TextStream(ours)
-    assert [half.push(token_id) for token_id in (0x62, 0xE2, 0x82)] == ["b", "", ""] or kind != "bytes"
-    assert half.finish() == "\ufffd" or kind != "bytes"
+    for count, token_id in enumerate(ids, 1):
+        text_stream.push(token_id)
+        assert text.startswith(text_stream.text)
+        assert len(text_stream.text.encode()) >= count - 1 - 16
+
+
+def test_no_half_character_is_shown(tmp_path: Path) -> None:
+    for ours in (load_saved(tmp_path, byte_level()), load_tokenizer(tmp_path, {"kind": "bytes"})):
+        text_stream = TextStream(ours)
+        shown = [text_stream.push(token_id) for token_id in ours.encode("a🙂é日")]
+        assert "" in shown
+        assert [piece for piece in shown if piece] == list("a🙂é日")
+    half = TextStream(load_tokenizer(NOWHERE, {"kind": "bytes"}))
+    assert [half.push(byte) for byte in (0x62, 0xE2, 0x82)] == ["b", "", ""]
+    assert half.finish() == "\ufffd"
 
 
 def test_a_continued_prompt_keeps_its_space(tmp_path: Path) -> None:
-    ours = load_json_tokenizer(tmp_path, byte_fallback())
+    ours = load_saved(tmp_path, byte_fallback())
     prompt, answer = ours.encode("hello"), ours.encode("world")
-    assert ours.decode(answer) == "world"
-    assert stream(ours, answer).text == "world"
+    assert stream(ours, answer).text == ours.decode(answer) == "world"
     assert stream(ours, answer, prompt=prompt).text == " world"
     assert stream(ours, answer, prompt=[*prompt, 2]).text == " world"
-    spaces = [token_id for word in (answer, answer) for token_id in (*word, 2)]
-    assert stream(ours, spaces).text == ours.decode(spaces) == "world world"
+    with_special = [2, *answer, 2, *answer, 2]
+    assert stream(ours, with_special).text == ours.decode(with_special) == "world world"
 
 
-def test_the_window_stays_short_whatever_comes(tmp_path: Path) -> None:
-    lengths: list[int] = []
-    for folder_name, backend in (("a", byte_level), ("b", byte_fallback), ("c", metaspace)):
-        (tmp_path / folder_name).mkdir()
-        ours = load_json_tokenizer(tmp_path / folder_name, backend())
-        decode = ours.decode
-        ours.decode = lambda ids, *args, decode=decode: lengths.append(len(ids)) or decode(ids, *args)  # type: ignore[method-assign]
-        byte = ours.token_to_id("<0xE2>") or ours.token_to_id("â") or 1
-        for ids in ([0] * 300, [byte] * 300, [10**6] * 300, [5, 6, 7, 4] * 75):
-            stream(ours, ids)
-    assert 16 < max(lengths) <= 40
+@pytest.mark.parametrize("backend", [byte_level, byte_fallback, metaspace])
+def test_the_window_stays_short_whatever_comes(tmp_path: Path, backend: Any, monkeypatch: Any) -> None:
+    ours = load_saved(tmp_path, backend())
+    decode, lengths = ours.decode, [0]
+    monkeypatch.setattr(ours, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    byte = ours.token_to_id("<0xE2>") or ours.token_to_id("â") or 1
+    for ids in ([0], [byte], [10**6], [5, 6, 7, 4]):
+        stream(ours, ids * 300)
+    assert 1 < max(lengths) <= 2 * 16
 
 
-# --- stop strings -----------------------------------------------------------------------------------------------
+STOPS = [
+    ("hello STOP world", ["STOP"], "hello "),
+    ("hello STO", ["STOP"], None),
+    ("hello STOSTOP!", ["STOP"], "hello STO"),
+    ("aaab", ["aab"], "a"),
+    ("xabcy", ["abc", "b"], "xa"),
+    ("xabcy", ["abc", "bc", "c"], "x"),
+    ("xabcy", ["c", "abcz"], "xab"),
+    ("xaby", ["abc", "bcd"], None),
+    ("STOP", ["STOP"], ""),
+    ("été 🙂🚀!", ["🙂🚀"], "été "),
+    ("été 🙂🙂", ["🙂🚀"], None),
+    ("a lone string", "lone", "a "),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "want"),
-    [
-        ("hello STOP world", ["STOP"], "hello "),
-        ("hello STO", ["STOP"], None),
-        ("hello STOSTOP!", ["STOP"], "hello STO"),
-        ("aaab", ["aab"], "a"),
-        ("ababac", ["abac"], "ab"),
-        ("one\n\ntwo", ["\n\n"], "one"),
-        ("xabcy", ["abc", "b"], "xa"),
-        ("xabcy", ["abc", "bc", "c"], "x"),
-        ("xabcy", ["c", "abcz"], "xab"),
-        ("xabdy", ["abc", "d"], "xab"),
-        ("xaby", ["abc", "bcd"], None),
-        ("STOP", ["STOP"], ""),
-        ("été 🙂🚀!", ["🙂🚀"], "été "),
-        ("été 🙂🙂", ["🙂🚀"], None),
-        ("nothing", [], None),
-        ("a lone string", "lone", "a "),
-    ],
-)
-@pytest.mark.parametrize("kind", ["bytes", "tokenizer.json"])
-def test_stop_strings(tmp_path: Path, kind: str, text: str, stop: list[str], want: str | None) -> None:
-    byte_level().save(str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer(tmp_path, {"kind": kind})
-    ids = ours.encode(text, add_special_tokens=False)
-    got = stream(ours, ids, stop=stop)
-    assert got.stopped == (want is not None)
-    assert got.text == (text if want is None else want)
-    assert got.push(ids[0]) == ""
+@pytest.mark.parametrize(("text", "stop", "want"), STOPS)
+def test_stop_strings(tmp_path: Path, text: str, stop: list[str], want: str | None) -> None:
+    for ours in (load_saved(tmp_path, byte_level()), load_tokenizer(tmp_path, {"kind": "bytes"})):
+        ids = ours.encode(text)
+        got = stream(ours, ids, stop=stop)
+        assert got.text == (text if want is None else want)
+        assert got.stopped == (want is not None)
+        assert not got.stopped or got.push(ids[-1]) == ""
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -465,49 +383,35 @@ def test_stop_strings_do_not_depend_on_where_tokens_end(tmp_path: Path, seed: in
         ids = [rng.randrange(len(pieces)) for _ in range(rng.randrange(12))]
         stop = ["".join(rng.choices("abc", k=rng.randrange(1, 6))) for _ in range(rng.randrange(1, 4))]
         text = ours.decode(ids)
-        ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stop))]
-        longest = max((len(s) for s in stop if ends and text[: ends[0]].endswith(s)), default=0)
+        first = next((text[:end] for end in range(len(text) + 1) if text[:end].endswith(tuple(stop))), None)
         got = stream(ours, ids, stop=stop)
-        assert got.stopped == bool(ends)
-        assert got.text == (text[: ends[0] - longest] if ends else text)
+        assert got.stopped == (first is not None)
+        cut = max((len(s) for s in stop if first and first.endswith(s)), default=0)
+        assert got.text == (text if first is None else first[: len(first) - cut])
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
-    text_stream = TextStream(load_tokenizer(Path("nowhere"), {"kind": "bytes"}), stop=["END", "<|im_end|>"])
-    shown = [text_stream.push(byte) for byte in b"a<b E<|im_x EN"]
-    assert shown == ["a", "", "<b", " ", "", "E", "", "", "", "", "<|im_x", " ", "", ""]
-    assert text_stream.push(ord("D")) == ""
+    ours = load_tokenizer(NOWHERE, {"kind": "bytes"})
+    text_stream = TextStream(ours, stop=["END", "<|im_end|>"])
+    shown = [text_stream.push(byte) for byte in b"a<b E<|im_x END"]
+    assert shown == ["a", "", "<b", " ", "", "E", "", "", "", "", "<|im_x", " ", "", "", ""]
     assert text_stream.stopped
-    assert text_stream.text == "a<b E<|im_x "
     with pytest.raises(ConfigError, match="stop = ''"):
-        TextStream(load_tokenizer(Path("nowhere"), {"kind": "bytes"}), stop=["a", ""])
-
-
-# --- what is imported -------------------------------------------------------------------------------------------
-
-
-def test_the_runtime_half_imports_nothing_that_is_not_asked_for() -> None:
-    code = (
-        "import sys, pathlib; import pe_onnx.sampling; from pe_onnx.tokenizer import *;"
-        "t = load_tokenizer(pathlib.Path('nowhere'), {'kind': 'bytes'}); s = TextStream(t); s.push(65);"
-        "print([m for m in ('torch', 'transformers', 'tokenizers', 'jinja2', 'onnxruntime') if m in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+        TextStream(ours, stop=["a", ""])
 
 
 @pytest.mark.parametrize(("package", "kind"), [("tokenizers", "tokenizer.json"), ("jinja2", "bytes")])
-def test_a_missing_package_names_the_extra(tmp_path: Path, package: str, kind: str) -> None:
-    byte_level().save(str(tmp_path / "tokenizer.json"))
+def test_imports_are_lazy_and_a_missing_one_names_the_extra(tmp_path: Path, package: str, kind: str) -> None:
     (tmp_path / "chat_template.jinja").write_text("x", encoding="utf-8")
-    code = (
-        f"import sys, pathlib; sys.modules[{package!r}] = None\n"
-        "from pe_onnx.tokenizer import load_tokenizer; from pe_onnx.errors import MissingDependencyError\n"
-        f"try: load_tokenizer(pathlib.Path({str(tmp_path)!r}), {{'kind': {kind!r}}}).apply_chat_template([{{}}])\n"
-        "except MissingDependencyError as error: print(error)"
-    )
+    code = f"""if True:
+        import sys, pathlib, pe_onnx.sampling, pe_onnx.tokenizer as t, pe_onnx.errors as errors
+        t.TextStream(t.load_tokenizer(pathlib.Path("nowhere"), {{"kind": "bytes"}})).push(65)
+        print([name for name in ("torch", "transformers", "tokenizers", "jinja2") if name in sys.modules])
+        sys.modules[{package!r}] = None
+        try: t.load_tokenizer(pathlib.Path({str(tmp_path)!r}), {{"kind": {kind!r}}}).apply_chat_template([{{}}])
+        except errors.MissingDependencyError as error: print(error)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith(f"{package} cannot be imported")
-    assert "pip install 'pe-onnx[cpu]' or 'pe-onnx[gpu]'" in run.stdout
-    assert run.stdout.count("\n") == 1
-    assert issubclass(MissingDependencyError, ImportError)
+    imported, message = run.stdout.splitlines()
+    assert imported == "[]"
+    assert message.startswith(f"{package} cannot be imported")
+    assert message.endswith("pip install 'pe-onnx[cpu]' or 'pe-onnx[gpu]'")

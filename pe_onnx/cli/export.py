@@ -1,0 +1,84 @@
+"""Export a decoder to an ONNX bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding, stages
+
+
+@click.command(
+    epilog="Encodings, presets, families and targets: pe-onnx list",
+)
+@click.option("--encoding", metavar="NAME[:KEY=VALUE,...]", help="Our own decoder with this positional encoding.")
+@click.option("--model", metavar="PATH", help="A checkpoint: a Hugging Face folder or a GGUF file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bundle folder.")
+@click.option("--preset", default=None, metavar="NAME", help="Size of our own decoder: tiny, small or base. [tiny]")
+@click.option("--set", "fields", multiple=True, metavar="KEY=VALUE", help="A field of our own decoder's configuration.")
+@click.option("--target", default="ort", metavar="ort|portable", show_default=True, help="Who runs it.")
+@click.option("--dtype", default="fp32", metavar="fp32|fp16", show_default=True, help="Of weights and cache.")
+@click.option("--logits", metavar="last|all", help="Of each row's last token or of all. [last for ort, else all]")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the PyTorch exporter says.")
+def command(
+    encoding: str | None,
+    model: str | None,
+    output: Path,
+    preset: str | None,
+    fields: tuple[str, ...],
+    target: str,
+    dtype: str,
+    logits: str | None,
+    force: bool,
+    verbose: bool,
+) -> None:
+    """Export a decoder to an ONNX bundle.
+
+    Our own decoder with --encoding, or a checkpoint with --model. Nothing is written unless all of it is.
+    """
+    from pe_onnx.bundle import check_output
+
+    if (encoding is None) == (model is None):
+        raise click.UsageError("give one of --encoding and --model")
+    if model is not None and (preset or fields):
+        raise click.UsageError("--preset and --set are for --encoding; a checkpoint brings its own configuration")
+    check_output(output, force)
+    from pe_onnx.exporter import export
+
+    options: dict[str, Any] = {"model": model}
+    if encoding is not None:
+        name, parameters = parse_encoding(encoding)
+        config = {key: _value(text) for key, text in parse_assignments(fields, "--set").items()}
+        options = {"encoding": name, "encoding_parameters": parameters, "config": config, "preset": preset or "tiny"}
+    begin = time.perf_counter()
+    with stages(5, "export") as progress:
+        bundle = export(
+            output=output,
+            target=target,
+            dtype=dtype,
+            logits=logits,
+            force=force,
+            verbose=verbose,
+            progress=progress,
+            **options,
+        )
+    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    click.echo(
+        f"{output}: {bundle.manifest['encoding']['name']}, {target}, {dtype}, {human_bytes(size)} "
+        f"in {time.perf_counter() - begin:.1f} s",
+        err=True,
+    )
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null or else the text itself."""
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

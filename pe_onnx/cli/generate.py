@@ -1,0 +1,185 @@
+"""Generate text from a bundle."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+
+if TYPE_CHECKING:
+    from pe_onnx.generate import Model, Timing
+    from pe_onnx.kv_cache import KVCache
+    from pe_onnx.sampling import SamplingOptions
+
+
+@click.command()
+@bundle_argument
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("-n", "--max-new-tokens", default=128, metavar="N", show_default=True, help="Tokens to make at most.")
+@click.option("--temperature", default=0.0, metavar="X", help="0 takes the most likely token. [0]")
+@click.option("--top-k", default=0, metavar="K", help="Draw from the K most likely; 0 for all.")
+@click.option("--top-p", default=1.0, metavar="P", help="Draw from the most likely that make up P.")
+@click.option("--min-p", default=0.0, metavar="P", help="Drop those below P times the most likely.")
+@click.option("--repetition-penalty", default=1.0, metavar="X", help="Above 1 discourages tokens seen.")
+@click.option("--seed", type=int, metavar="N", help="Of the draws; the same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this; may be given again.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
+@click.option("--chat", is_flag=True, help="Use the chat template; without a prompt, a conversation.")
+@click.option("--system", metavar="TEXT", help="System message of --chat.")
+@click.option("--tokens", metavar="ID,ID,...", help="A prompt of token ids.")
+@click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
+@click.option("--max-length", type=int, metavar="N", help="Tokens of a row at most. [the trained length]")
+@click.option("--no-verify", is_flag=True, help="Do not check the files' checksums first.")
+@provider_option
+@threads_option
+@json_option
+def command(
+    bundle: str,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    chat: bool,
+    system: str | None,
+    tokens: str | None,
+    echo: bool,
+    max_length: int | None,
+    no_verify: bool,
+    provider: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Generate text from a bundle.
+
+    One prompt streams; several run as one batch. Without a prompt it is read from standard input. Speed goes to
+    stderr.
+    """
+    from pe_onnx.generate import load
+    from pe_onnx.sampling import SamplingOptions
+
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if tokens and (prompts or chat):
+        raise click.UsageError("give --tokens or text, not both")
+    if system and not chat:
+        raise click.UsageError("--system needs --chat")
+    if max_new_tokens < 1:
+        raise click.UsageError(f"--max-new-tokens = {max_new_tokens} must be at least 1")
+    interactive = chat and not prompts and sys.stdin.isatty()
+    if not prompts and not tokens and not interactive:
+        prompts = (_read_stdin(),)
+    model = load(bundle, provider, threads, verify=not no_verify)
+    if interactive:
+        _converse(model, system, sampling, max_new_tokens, stop, max_length)
+        return
+    if tokens:
+        batch: list[list[int]] = [_token_ids(tokens)]
+    elif chat:
+        batch = [_chat_tokens(model, _messages(system, prompt)) for prompt in prompts]
+    else:
+        batch = [model.tokenizer.encode(prompt) for prompt in prompts]
+    streaming = len(batch) == 1 and not as_json
+
+    def write(row: int, piece: str) -> None:
+        click.echo(piece, nl=False)
+
+    if echo and streaming and prompts:
+        write(0, prompts[0])
+    results = model.generate(
+        batch,
+        max_new_tokens,
+        sampling,
+        stop=stop,
+        stream=write if streaming else None,
+        max_length=max_length,
+        ignore_eos=ignore_eos,
+    )
+    if as_json:
+        timing = model.timing
+        print_json({"generations": [vars(r) for r in results], "timing": vars(timing)})
+    elif streaming:
+        click.echo()
+    else:
+        for b, result in enumerate(results):
+            click.echo(f"--- {b + 1}: {prompts[b]!r}\n{prompts[b] if echo else ''}{result.text}")
+    _report(model.timing)
+
+
+def _report(t: Timing) -> None:
+    click.echo(
+        f"[{t.prompt_tokens} prompt tokens at {t.prefill_tokens_per_s:.0f}/s, "
+        f"{t.new_tokens} new at {t.decode_tokens_per_s:.1f} tokens/s]",
+        err=True,
+    )
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        click.echo("prompt (end with Ctrl-D):", err=True)
+    text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise click.UsageError("no prompt: give one as an argument or on standard input")
+    return text
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--tokens = {text!r} must be integers separated by commas") from None
+
+
+def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def _chat_tokens(model: Model, messages: list[dict[str, str]]) -> list[int]:
+    return model.tokenizer.encode(model.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+
+def _converse(
+    model: Model,
+    system: str | None,
+    sampling: SamplingOptions,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    max_length: int | None,
+) -> None:
+    """Turns until end of input; what the cache holds of the conversation is not computed again."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    cache: KVCache | None = None
+    held: list[int] = []
+    click.echo("A conversation; end with Ctrl-D.", err=True)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            click.echo(err=True)
+            return
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        tokens = _chat_tokens(model, messages)
+        if cache is None or tokens[: len(held)] != held or len(tokens) == len(held):
+            cache, held = model.cache(1, max_length), []
+        result = model.generate(
+            tokens[len(held) :],
+            max_new_tokens,
+            sampling,
+            stop=stop,
+            stream=lambda row, piece: click.echo(piece, nl=False),
+            cache=cache,
+        )
+        click.echo()
+        held = (tokens + result.tokens)[: int(cache.lengths[0])]
+        messages.append({"role": "assistant", "content": result.text})
+        _report(model.timing)

@@ -1,0 +1,95 @@
+"""Show what a bundle holds: encoding, tensors, operators, sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pe_onnx.cli._options import bundle_argument, human_bytes, json_option, print_json
+
+
+@click.command()
+@bundle_argument
+@json_option
+def command(bundle: str, as_json: bool) -> None:
+    """Show what a bundle holds: its encoding and where each parameter came from, inputs and outputs, operators,
+    custom functions, sizes and cache bytes per token."""
+    from pe_onnx import contract
+    from pe_onnx.bundle import read_bundle
+
+    read = read_bundle(bundle)
+    m, shape = read.manifest, read.shape
+    sizes = (shape["layers"], shape["kv_heads"], shape["head_size"])
+    inputs = contract.input_shapes(*sizes)
+    outputs = contract.output_shapes(*sizes, shape["vocab_size"], read.logits)
+    cache_bytes = read.cache_bytes_per_token
+    if as_json:
+        print_json({**m, "inputs": inputs, "outputs": outputs, "cache_bytes_per_token": cache_bytes})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)  # shapes stand in brackets
+
+    def table(title: str, *columns: str) -> Table:
+        return Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 1), header_style="dim")
+
+    total = sum(entry["bytes"] for entry in m["files"].values())
+    overview = table(str(read.folder), "", "")
+    overview.columns[0].style = "bold"
+    for name, value in {
+        "source": _source(m["source"]),
+        "target": f"{m['target']}: {contract.TARGETS[m['target']]}",
+        "dtype": m["dtype"],
+        "logits": m["logits"],
+        "size": f"{human_bytes(total)}, weights {human_bytes(m['graph']['weight_bytes'])}",
+        "cache": f"{cache_bytes} bytes per token: {shape['layers']} layers x 2 x {shape['kv_heads']} heads x "
+        f"{shape['head_size']} channels",
+        "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
+        "hard limit": f"{shape['max_length']} tokens" if shape["max_length"] else "none",
+        "tokenizer": (m["tokenizer"] or {}).get("kind", "none"),
+        "opsets": ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in m["graph"]["opsets"].items()),
+        "functions": ", ".join(m["graph"]["functions"]) or "none",
+        "tools": ", ".join(f"{tool} {version}" for tool, version in m["tools"].items()),
+    }.items():
+        overview.add_row(name, str(value))
+    console.print(overview)
+
+    encoding = table(f"encoding {m['encoding']['name']}", "parameter", "value", "origin")
+    for name, entry in m["encoding"]["parameters"].items():
+        encoding.add_row(name, str(entry["value"]), entry["origin"])
+    if not m["encoding"]["parameters"]:
+        encoding.add_row("none", "", "")
+    console.print(encoding)
+
+    tensors = table("inputs and outputs", "name", "shape")
+    for name, dims in {**_folded(inputs, sizes[0]), **_folded(outputs, sizes[0])}.items():
+        tensors.add_row(name, "[" + ", ".join(str(d) for d in dims) + "]")
+    console.print(tensors)
+
+    operators = table("operators", "operator", "nodes")
+    operators.columns[1].justify = "right"
+    for name, count in m["graph"]["operators"].items():
+        operators.add_row(name, str(count))
+    console.print(operators)
+
+
+def _source(source: dict[str, Any]) -> str:
+    if source["kind"] == "encoding":
+        c = source["config"]
+        return f"our own decoder, preset {source['preset']}, {c['num_hidden_layers']} layers, seed {c['seed']}"
+    if source["kind"] == "checkpoint":
+        return f"{source['model_type']} checkpoint {source['path']}"
+    return f"module {source['class']}"
+
+
+def _folded(shapes: dict[str, tuple[Any, ...]], layers: int) -> dict[str, tuple[Any, ...]]:
+    """One line for all layers: ``past_key_values.{0..7}.key``."""
+    every = f"{{0..{layers - 1}}}"
+    return {name.replace(".0.", f".{every}."): dims for name, dims in shapes.items() if _first_layer(name)}
+
+
+def _first_layer(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) < 2 or parts[1] == "0"

@@ -1,0 +1,195 @@
+"""Text from a bundle: ``load(DIR).generate("...")``. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from pe_onnx.bundle import Bundle, read_bundle
+from pe_onnx.errors import ConfigError, InputError
+from pe_onnx.kv_cache import CHUNK_TOKENS, KVCache, make_cache
+from pe_onnx.sampling import Sampler, SamplingOptions
+from pe_onnx.session import Session
+from pe_onnx.tokenizer import TextStream, Tokenizer, load_tokenizer
+
+Stream = Callable[[int, str], None]
+"""Called with a row's index and the next piece of its text."""
+
+
+@dataclass
+class Generation:
+    """What one prompt gave."""
+
+    text: str
+    tokens: list[int]
+    """New tokens, the end-of-sequence token included where it was drawn."""
+    prompt_tokens: int
+    finish_reason: str
+    """``stop`` (an end token or a stop string), or ``length``."""
+
+
+@dataclass
+class Timing:
+    """Of one ``generate`` call, in seconds and tokens over all rows."""
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.new_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass
+class _Row:
+    """A row under way: its history, its text, and why it ended."""
+
+    history: list[int]
+    prompt_tokens: int
+    text: TextStream
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Model:
+    """A bundle open for generation.
+
+    ``timing`` holds the last call's figures. Raises what ``Session`` and ``load_tokenizer`` raise.
+    """
+
+    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0) -> None:
+        self.bundle = bundle
+        self.session = Session(bundle, provider, threads)
+        self.tokenizer: Tokenizer = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"])
+        self.timing = Timing()
+
+    def cache(
+        self, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS
+    ) -> KVCache:
+        """An empty cache, to call ``prefill`` and ``decode`` on, or to hand to ``generate`` again and again."""
+        return make_cache(self.session, batch_size, max_length, chunk_tokens)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = ...,
+        sampling: SamplingOptions | None = ...,
+        *,
+        stop: Sequence[str] = ...,
+        stream: Stream | None = ...,
+        cache: KVCache | None = ...,
+        max_length: int | None = ...,
+        ignore_eos: bool = ...,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = ...,
+        sampling: SamplingOptions | None = ...,
+        *,
+        stop: Sequence[str] = ...,
+        stream: Stream | None = ...,
+        cache: KVCache | None = ...,
+        max_length: int | None = ...,
+        ignore_eos: bool = ...,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        sampling: SamplingOptions | None = None,
+        *,
+        stop: Sequence[str] = (),
+        stream: Stream | None = None,
+        cache: KVCache | None = None,
+        max_length: int | None = None,
+        ignore_eos: bool = False,
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or a batch of prompts of any lengths.
+
+        A prompt is text, or a list of token ids. sampling: default greedy. stop: strings that end the text before
+        them. cache: continue on what it holds (its batch size must be the number of prompts); afterwards it holds
+        the new tokens too, but for the last drawn. Raises InputError for a prompt the model cannot take.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+        prompts, single = self._prompts(prompt)
+        options = sampling or SamplingOptions()
+        sampler = Sampler(options, len(prompts))
+        rows = [_Row(list(ids), len(ids), TextStream(self.tokenizer, stop)) for ids in prompts]
+        ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
+        if cache is None:
+            cache = self.cache(len(prompts), max_length)
+        self.timing = Timing(prompt_tokens=sum(row.prompt_tokens for row in rows))
+
+        begin = time.perf_counter()
+        logits = np.stack(cache.prefill(prompts))
+        self.timing.prefill_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        for step in range(max_new_tokens):
+            tokens = sampler.sample(logits, [row.history for row in rows])
+            for b, row in enumerate(rows):
+                if row.finish_reason is None:
+                    self._accept(b, row, int(tokens[b]), ends, stream)
+            self.timing.new_tokens += sum(row.finish_reason is None or len(row.tokens) == step + 1 for row in rows)
+            active = np.array([row.finish_reason is None for row in rows])
+            full = cache.max_length is not None and int(cache.lengths.max()) >= cache.max_length
+            if not active.any() or step + 1 == max_new_tokens or full:
+                break
+            logits = cache.decode(tokens, active)
+        self.timing.decode_s = time.perf_counter() - begin
+
+        results = []
+        for b, row in enumerate(rows):
+            rest = row.text.finish()
+            if rest and stream is not None:
+                stream(b, rest)
+            reason = row.finish_reason or "length"
+            results.append(Generation(row.text.text, row.tokens, row.prompt_tokens, reason))
+        return results[0] if single else results
+
+    def _accept(self, b: int, row: _Row, token: int, ends: frozenset[int], stream: Stream | None) -> None:
+        row.tokens.append(token)
+        row.history.append(token)
+        if token in ends:
+            row.finish_reason = "stop"
+            return
+        piece = row.text.push(token)
+        if piece and stream is not None:
+            stream(b, piece)
+        if row.text.stopped:
+            row.finish_reason = "stop"
+
+    def _prompts(
+        self, prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], bool]:
+        if isinstance(prompt, str):
+            return [self.tokenizer.encode(prompt)], True
+        if len(prompt) == 0:
+            raise InputError("the prompt is empty; give text or at least one token id")
+        if isinstance(prompt[0], int | np.integer):
+            return [[int(t) for t in prompt]], True  # type: ignore[arg-type]
+        return [self.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in prompt], False  # type: ignore[union-attr]
+
+
+def load(folder: str | Path, provider: str = "cpu", threads: int = 0, verify: bool = True) -> Model:
+    """Open a bundle for generation. verify: check every file's SHA-256 first.
+
+    Raises BundleError for a bundle that is missing or corrupted, ProviderError for a provider that cannot be had.
+    """
+    return Model(read_bundle(folder, verify), provider, threads)

@@ -1,0 +1,338 @@
+"""Parity: a bundle in onnxruntime against PyTorch on the same tokens, figures first, verdict second.
+
+The reference is eager PyTorch, all tokens at once without a cache: our own decoder from its configuration and seed,
+or transformers' own model from the checkpoint. Generated text is no evidence; logits decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pe_onnx.bundle import Bundle, read_bundle
+from pe_onnx.errors import CheckpointError, ConfigError, InputError, did_you_mean
+from pe_onnx.kv_cache import GrowingCache, make_cache
+from pe_onnx.session import Session
+
+Array = np.ndarray[Any, Any]
+Reference = Callable[[Array], Array]
+"""Token ids int64 ``[B, T]`` to float32 logits ``[B, T, V]``."""
+
+
+class Tolerance(NamedTuple):
+    """What a bundle of a dtype may differ by."""
+
+    error: float
+    """Greatest absolute error of a logit, relative to the spread (standard deviation) of the reference's logits."""
+    top1: float
+    """Least share of positions with the same most likely token, near-ties aside."""
+
+
+TOLERANCES = {"fp32": Tolerance(5e-5, 1.0), "fp16": Tolerance(3e-2, 0.99)}
+"""The one table. float32: rounding through 30 layers; float16: weights and activations of 11 bits."""
+
+DEFAULT_TOKENS = 160
+GREEDY_TOKENS = 64
+
+
+@dataclass
+class ModeResult:
+    """One way of running the same tokens."""
+
+    mode: str
+    positions: int = 0
+    """Positions compared."""
+    max_abs_error: float = 0.0
+    relative_error: float = 0.0
+    """max_abs_error over the spread of the reference's logits."""
+    kl: float = 0.0
+    """Mean Kullback-Leibler divergence of the bundle from the reference, nats."""
+    top1_agreement: float = 1.0
+    near_ties: int = 0
+    """Disagreements between tokens whose reference logits differ by less than twice the error."""
+    first_difference: str | None = None
+    """The first row and position over the tolerance."""
+    passed: bool = True
+
+
+@dataclass
+class ParityReport:
+    """All modes, and the verdict."""
+
+    bundle: str
+    reference: str
+    dtype: str
+    tolerance: Tolerance
+    spread: float
+    modes: list[ModeResult] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(mode.passed for mode in self.modes)
+
+    @property
+    def relative_error(self) -> float:
+        """The worst of all modes."""
+        return max(mode.relative_error for mode in self.modes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = asdict(self)
+        return {**values, "tolerance": self.tolerance._asdict(), "passed": self.passed}
+
+
+class Pair(NamedTuple):
+    """The bundle's logits ``[V]`` after token ``position`` of ``row``."""
+
+    row: int
+    position: int
+    logits: Array
+
+
+def check_parity(
+    folder: str | Path,
+    reference: Reference | str | Path | Any | None = None,
+    *,
+    rows: Sequence[Sequence[int]] | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    modes: Sequence[str] | None = None,
+    provider: str = "cpu",
+    tolerance: float | None = None,
+    seed: int = 0,
+    threads: int = 0,
+) -> ParityReport:
+    """Run the bundle in every mode against PyTorch.
+
+    reference: None for the one the manifest names; a checkpoint's path; a ``torch.nn.Module`` called with
+    ``(input_ids, attention_mask, position_ids)``; or any function of token ids. rows: token ids to compare on
+    (default: four random rows of ``tokens`` tokens, at most what the encoding takes). tolerance: of the relative
+    error, in place of the dtype's. Raises CheckpointError where the reference cannot be had.
+    """
+    bundle = read_bundle(folder)
+    limit = min(tokens, bundle.max_length or tokens)
+    if rows is None:
+        rng = np.random.default_rng(seed)
+        rows = [rng.integers(0, bundle.shape["vocab_size"], limit).tolist() for _ in range(4)]
+    arrays = [np.asarray(row, np.int64) for row in rows]
+    if any(row.size < 2 for row in arrays):
+        raise InputError("parity needs rows of at least 2 tokens")
+    wanted = list(modes or _modes(bundle))
+    for mode in wanted:
+        if mode not in MODES:
+            raise ConfigError(f"unknown mode {mode!r}{did_you_mean(mode, MODES)} (known: {', '.join(MODES)})")
+    compute, name = resolve_reference(bundle, reference)
+    session = Session(bundle, provider, threads)
+    allowed = TOLERANCES[bundle.manifest["dtype"]]
+    if tolerance is not None:
+        allowed = allowed._replace(error=tolerance)
+    expected = _Expected(compute, arrays)
+    report = ParityReport(str(folder), name, bundle.manifest["dtype"], allowed, expected.spread)
+    for mode in wanted:
+        if mode == "greedy":
+            report.modes.append(_greedy(session, arrays, compute, allowed))
+        else:
+            report.modes.append(_compare(mode, MODES[mode](session, arrays), expected, allowed))
+    return report
+
+
+class _Expected:
+    """The reference's logits of every row, computed once."""
+
+    def __init__(self, compute: Reference, rows: list[Array]) -> None:
+        self.logits = [compute(row[None])[0] for row in rows]
+        self.spread = float(np.concatenate([x.reshape(-1) for x in self.logits]).std())
+
+
+def _compare(mode: str, pairs: Iterator[Pair], expected: _Expected, allowed: Tolerance) -> ModeResult:
+    result = ModeResult(mode)
+    agreed, divergence = 0, 0.0
+    for row, position, logits in pairs:
+        want = expected.logits[row][position].astype(np.float64)
+        have = logits.astype(np.float64)
+        error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
+        result.positions += 1
+        result.max_abs_error = max(result.max_abs_error, error)
+        if error > allowed.error * expected.spread and result.first_difference is None:
+            result.first_difference = f"row {row}, position {position}"
+        log_p, log_q = _log_softmax(want), _log_softmax(have)
+        divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
+        best, chosen = int(want.argmax()), int(have.argmax())
+        near = best != chosen and want[best] - want[chosen] <= 2 * error
+        result.near_ties += near
+        agreed += best == chosen or near
+    result.relative_error = result.max_abs_error / expected.spread
+    result.kl = divergence / result.positions
+    result.top1_agreement = agreed / result.positions
+    result.passed = result.relative_error <= allowed.error and result.top1_agreement >= allowed.top1
+    return result
+
+
+def _greedy(session: Session, rows: list[Array], compute: Reference, allowed: Tolerance) -> ModeResult:
+    """Greedy tokens from the first half of a row; each must be the reference's choice, given those before it."""
+    result = ModeResult("greedy")
+    limit = session.bundle.max_length
+    agreed = 0
+    for b, row in enumerate(rows):
+        prompt = row[: max(row.size // 2, 1)].tolist()
+        count = min(GREEDY_TOKENS, (limit or len(prompt) + GREEDY_TOKENS) - len(prompt))
+        cache = make_cache(session, 1, len(prompt) + count)
+        logits = [cache.prefill([prompt])[0].copy()]
+        made = [int(logits[0].argmax())]
+        while len(made) < count:
+            logits.append(cache.decode([made[-1]])[0].copy())
+            made.append(int(logits[-1].argmax()))
+        want = compute(np.array([prompt + made[:-1]], np.int64))[0][len(prompt) - 1 :]
+        spread = float(want.std())
+        for i, (token, have) in enumerate(zip(made, logits, strict=True)):
+            error = float(np.abs(have - want[i]).max())
+            result.positions += 1
+            result.max_abs_error = max(result.max_abs_error, error)
+            result.relative_error = max(result.relative_error, error / spread)
+            log_p, log_q = _log_softmax(want[i].astype(np.float64)), _log_softmax(have.astype(np.float64))
+            result.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
+            best = int(want[i].argmax())
+            near = best != token and want[i][best] - want[i][token] <= 2 * error
+            result.near_ties += near
+            agreed += best == token or near
+            if best != token and not near and result.first_difference is None:
+                result.first_difference = f"row {b}, new token {i}"
+    result.kl /= result.positions
+    result.top1_agreement = agreed / result.positions
+    result.passed = result.relative_error <= allowed.error and result.top1_agreement >= allowed.top1
+    return result
+
+
+def _whole(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    """Each row in one run, at full length and at odd shorter ones; every position where the bundle gives all."""
+    for b, row in enumerate(rows):
+        for n in sorted({1, 2, row.size // 3 | 1, row.size}):
+            yield from _prefilled(session, row[:n], b, row.size)
+
+
+def _chunks(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    """Each row in chunks of 13 tokens."""
+    for b, row in enumerate(rows):
+        for n in sorted({row.size // 2, row.size}):
+            yield from _prefilled(session, row[:n], b, 13)
+
+
+def _prefilled(session: Session, tokens: Array, row: int, chunk: int) -> Iterator[Pair]:
+    every = session.bundle.logits == "all"
+    logits = make_cache(session, 1, None, chunk).prefill([tokens.tolist()], all_logits=every)[0]
+    if every:
+        yield from (Pair(row, i, x) for i, x in enumerate(logits))
+    else:
+        yield Pair(row, tokens.size - 1, logits)
+
+
+def _steps(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    """The first row token by token from an empty cache."""
+    cache = make_cache(session)
+    for i, token in enumerate(rows[0]):
+        yield Pair(0, i, cache.decode([int(token)])[0])
+
+
+def _ragged(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    """All rows in one batch with prompts of different lengths, then steps, then a second prompt each."""
+    cache = make_cache(session, len(rows), None, 64)
+    first = [max(1, row.size * (1 + 3 * (b % 3)) // 8) for b, row in enumerate(rows)]  # 1/8, 4/8, 7/8
+    for b, logits in enumerate(cache.prefill([row[:n].tolist() for row, n in zip(rows, first, strict=True)])):
+        yield Pair(b, first[b] - 1, logits)
+    at = first
+    for _ in range(8):
+        if any(n >= row.size for row, n in zip(rows, at, strict=True)):
+            return
+        logits = cache.decode([int(row[n]) for row, n in zip(rows, at, strict=True)])
+        yield from (Pair(b, n, logits[b]) for b, n in enumerate(at))
+        at = [n + 1 for n in at]
+    ends = [min(row.size, n + 1 + 4 * b) for b, (row, n) in enumerate(zip(rows, at, strict=True))]
+    if any(end <= n for end, n in zip(ends, at, strict=True)):
+        return
+    second = [row[n:end].tolist() for row, n, end in zip(rows, at, ends, strict=True)]
+    for b, logits_b in enumerate(cache.prefill(second)):
+        yield Pair(b, ends[b] - 1, logits_b)
+
+
+def _padded(session: Session, rows: list[Array], side: str) -> Iterator[Pair]:
+    """A batch with zeros in the mask on one side, or everywhere; then steps."""
+    cache = make_cache(session, len(rows))
+    if not isinstance(cache, GrowingCache):
+        raise ConfigError(f"mode {side}_padding is for the portable target; ort takes compact rows only")
+    longest = max(row.size for row in rows)
+    used = [max(1, row.size // 2 - 5 * b) for b, row in enumerate(rows)]
+    rng = np.random.default_rng(1)
+    ids, valid = np.zeros((len(rows), longest), np.int64), np.zeros((len(rows), longest), np.int64)
+    for b, (row, n) in enumerate(zip(rows, used, strict=True)):
+        slots = {
+            "left": np.arange(longest - n, longest),
+            "right": np.arange(n),
+            "interior": np.sort(rng.choice(longest, n, replace=False)),
+        }[side]
+        ids[b, slots], valid[b, slots] = row[:n], 1
+    logits = cache.run(ids, valid)
+    for b, n in enumerate(used):
+        slots = np.flatnonzero(valid[b])
+        if session.bundle.logits == "all":
+            yield from (Pair(b, i, logits[b, slot]) for i, slot in enumerate(slots))
+        else:
+            yield Pair(b, n - 1, logits[b, 0])
+    for k in range(5):
+        step = cache.decode([int(row[n + k]) for row, n in zip(rows, used, strict=True)])
+        yield from (Pair(b, n + k, step[b]) for b, n in enumerate(used))
+
+
+def _left_padding(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    return _padded(session, rows, "left")
+
+
+def _right_padding(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    return _padded(session, rows, "right")
+
+
+def _interior_padding(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    return _padded(session, rows, "interior")
+
+
+def _no_pairs(session: Session, rows: list[Array]) -> Iterator[Pair]:
+    raise NotImplementedError
+
+
+MODES: dict[str, Callable[[Session, list[Array]], Iterator[Pair]]] = {
+    "whole": _whole,
+    "chunks": _chunks,
+    "steps": _steps,
+    "ragged": _ragged,
+    "left_padding": _left_padding,
+    "right_padding": _right_padding,
+    "interior_padding": _interior_padding,
+    "greedy": _no_pairs,
+}
+
+
+def _modes(bundle: Bundle) -> list[str]:
+    """The modes that a target allows."""
+    return [mode for mode in MODES if bundle.target == "portable" or not mode.endswith("_padding")]
+
+
+def resolve_reference(bundle: Bundle, reference: Any = None) -> tuple[Reference, str]:
+    """The PyTorch side as a function of token ids, and its name."""
+    from pe_onnx import reference as references
+
+    if reference is None:
+        return references.from_manifest(bundle.manifest)
+    if isinstance(reference, str | Path):
+        return references.from_checkpoint(Path(reference)), f"transformers, {reference}"
+    if references.is_module(reference):
+        return references.from_module(reference), type(reference).__name__
+    if callable(reference):
+        return reference, getattr(reference, "__name__", "a function")
+    raise CheckpointError(f"reference = {reference!r} must be a checkpoint's path, a module or a function")
+
+
+def _log_softmax(x: Array) -> Array:
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())

@@ -1,0 +1,66 @@
+"""PyTorch's side of a parity check: eager, in float32, all tokens at once, no cache, none of the export's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pe_onnx.errors import CheckpointError, MissingDependencyError
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingDependencyError(
+        "parity needs PyTorch, which is not installed: pip install 'pe-onnx[export]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from pe_onnx.parity import Reference
+
+
+def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference, str]:
+    """The reference that a bundle's manifest names. Raises CheckpointError where it is not to be had."""
+    source = manifest["source"]
+    if source["kind"] == "encoding":
+        from pe_onnx.config import DecoderConfig
+        from pe_onnx.models.decoder import Decoder
+        from pe_onnx.models.exportable import PlainDecoder
+
+        config = DecoderConfig.from_dict(source["config"])
+        return from_module(PlainDecoder(Decoder(config))), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
+    if source["kind"] == "checkpoint":
+        path = Path(source["path"])
+        if not path.exists():
+            raise CheckpointError(f"the bundle's checkpoint {path} is gone; name it with --reference")
+        return from_checkpoint(path), f"transformers, {path}"
+    raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
+
+
+def from_checkpoint(path: Path) -> Reference:
+    """transformers' own model with its own attention."""
+    from pe_onnx.exporter import silenced
+    from pe_onnx.models.checkpoint import load_model
+
+    with silenced():
+        model = load_model(path, attention="sdpa")
+    return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions))
+
+
+def from_module(module: Any) -> Reference:
+    """``module(input_ids, attention_mask, position_ids)`` to logits ``[B, T, V]``, or an output that has them."""
+
+    @torch.no_grad()
+    def compute(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        tokens = torch.from_numpy(ids)
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        output = module(tokens, torch.ones_like(tokens), positions)
+        return getattr(output, "logits", output).float().numpy()
+
+    return compute
+
+
+def is_module(value: object) -> bool:
+    return isinstance(value, torch.nn.Module)
