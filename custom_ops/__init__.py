@@ -22,8 +22,8 @@ from pe_onnx.custom_ops.cached_attention import cached_attention
 from pe_onnx.custom_ops.masked_attention import masked_attention
 from pe_onnx.custom_ops.rotary_embedding import rotary_embedding
 from pe_onnx.custom_ops.t5_relative_bias import t5_relative_bias
-from pe_onnx.discovery import names
 from pe_onnx.discovery import load as _load
+from pe_onnx.discovery import names
 
 __all__ = [
     "OPSET",

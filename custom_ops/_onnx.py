@@ -1,4 +1,4 @@
-"""What the operators share on the ONNX side: opset, domain, contrib schemas, and the exporter's treatment of functions."""
+"""What the operators share on the ONNX side: opset, domain, contrib schemas, and functions that survive the exporter."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from onnxscript.values import Op, Opset
 from onnxscript.version_converter import _version_converter
 
 OPSET = 23
-"""The version of the standard operators in the bodies: the first with Attention, RotaryEmbedding and RMSNormalization."""
+"""Of the standard operators in the bodies: the first with Attention, RotaryEmbedding and RMSNormalization."""
 
 DOMAIN = "pe_onnx"
 PE_ONNX = Opset(DOMAIN, 1)

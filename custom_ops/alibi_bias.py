@@ -37,7 +37,7 @@ def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_position
     """The bias to add to the scaled scores.
 
     slopes: ``[H]``. query_positions: int64 ``[B, T]``. key_positions: int64 ``[B, S]`` or ``[1, S]``.
-    Returns ``[B, H, T, S]`` of the dtype of slopes; entries of keys after the query are positive and meant to be masked.
+    Returns ``[B, H, T, S]`` of the dtype of slopes; keys after their query get a positive entry, and are to be masked.
     """
     distance = (key_positions[:, None, :] - query_positions[:, :, None]).float()  # [B, T, S]
     return (slopes.float()[:, None, None] * distance[:, None]).to(slopes.dtype)

@@ -36,7 +36,12 @@ def _rotary_embedding_float32() -> object:
     @script(PE_ONNX, default_opset=opset23)
     def RotaryEmbedding(x: FLOAT, cos: FLOAT, sin: FLOAT, num_heads: int, interleaved: int, rotary_dim: int) -> FLOAT:
         rotated = opset23.RotaryEmbedding(
-            opset23.Cast(x, to=1), cos, sin, num_heads=num_heads, interleaved=interleaved, rotary_embedding_dim=rotary_dim
+            opset23.Cast(x, to=1),
+            cos,
+            sin,
+            num_heads=num_heads,
+            interleaved=interleaved,
+            rotary_embedding_dim=rotary_dim,
         )
         return opset23.CastLike(rotated, x)
 
@@ -48,9 +53,7 @@ RotaryEmbeddingFloat32 = _rotary_embedding_float32()
 
 def _translate(x, cos, sin, num_heads: int = 0, interleaved: bool = False):  # type: ignore[no-untyped-def]
     function = RotaryEmbedding if x.dtype == cos.dtype else RotaryEmbeddingFloat32
-    return function(
-        x, cos, sin, num_heads=num_heads, interleaved=int(interleaved), rotary_dim=2 * int(cos.shape[-1])
-    )
+    return function(x, cos, sin, num_heads=num_heads, interleaved=int(interleaved), rotary_dim=2 * int(cos.shape[-1]))
 
 
 @operator(_fake, _translate)

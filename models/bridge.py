@@ -80,7 +80,7 @@ def attend(
     if not _active:
         raise CheckpointError(f"{type(module).__name__} was called outside an export")
     cache = _active[-1]
-    (_, H, T, D), K = query.shape, key.shape[1]
+    (_, H, _, D), K = query.shape, key.shape[1]
     if value.shape[-1] != D:
         raise CheckpointError(f"{type(module).__name__}: value heads of {value.shape[-1]} channels, keys of {D}")
 

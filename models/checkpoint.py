@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pe_onnx.errors import CheckpointError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose angles do not depend on the length of the sequence."""
 
@@ -108,9 +113,7 @@ def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
     return model.eval()
 
 
-def read_encoding(
-    model: PreTrainedModel, origin: str
-) -> tuple[str, dict[str, dict[str, Any]], int | None]:
+def read_encoding(model: PreTrainedModel, origin: str) -> tuple[str, dict[str, dict[str, Any]], int | None]:
     """Name, parameters with their origins, and the hard limit on positions of a model's encoding."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None)

@@ -1,7 +1,7 @@
 """pe-onnx: decoders with any positional encoding to ONNX, exactly, and run at the edge with an in-place KV cache.
 
-The verbs load what they need when they are called: ``import pe_onnx`` imports neither torch nor onnxruntime. No module is
-named like a verb, or importing it would put the module in the place of the verb.
+The verbs load what they need when they are called: ``import pe_onnx`` imports neither torch nor onnxruntime. No
+module is named like a verb, or importing it would put the module in the verb's place.
 """
 
 from __future__ import annotations

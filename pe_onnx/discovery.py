@@ -1,6 +1,7 @@
 """The file is the registration: what stands in a folder under a name is what the tool knows by that name.
 
-A name is a file's stem, a command-line word and a registered name at once, in snake_case. Files that begin with an underscore are not registered.
+A name is a file's stem, a command-line word and a registered name at once, in snake_case. Files that begin with an
+underscore are not registered.
 """
 
 from __future__ import annotations
@@ -40,4 +41,3 @@ def load(package: str, name: str) -> ModuleType:
         hint = did_you_mean(name, known)
         raise ConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
     return importlib.import_module(f"pe_onnx.{package}.{name}")
-

@@ -51,9 +51,7 @@ class PositionalEncoding(nn.Module):
         """Packed queries or keys ``[B, T, num_heads*D]``, rotated."""
         raise NotImplementedError
 
-    def bias(
-        self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int
-    ) -> torch.Tensor:
+    def bias(self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int) -> torch.Tensor:
         """The term ``[B, H, T, S]`` on the scores. key_positions None: 0 .. key_length - 1 in every row."""
         raise NotImplementedError
 

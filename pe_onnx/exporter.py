@@ -94,7 +94,11 @@ def export(
         progress("load")
         last_only = logits == "last"
         if encoding is not None:
-            fields = {"encoding": encoding, "encoding_parameters": dict(encoding_parameters or {}), **(config or {})}
+            fields = {
+                "encoding": encoding,
+                "encoding_parameters": dict(encoding_parameters or {}),
+                **(config or {}),
+            }
             exportable = from_config(
                 DecoderConfig.preset(preset, **fields), cast(contract.Target, target), last_only, preset
             )
@@ -191,7 +195,10 @@ def _write(
     with write_bundle(output, manifest, force) as folder:
         embedded = manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES
         ir.save(model, folder / MODEL, external_data=None if embedded else WEIGHTS)
-        for name, values in (("config", exportable.config), ("generation_config", exportable.generation_config)):
+        for name, values in (
+            ("config", exportable.config),
+            ("generation_config", exportable.generation_config),
+        ):
             (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         exportable.write_assets(folder)
     return read_bundle(output, verify=False)

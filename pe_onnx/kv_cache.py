@@ -34,7 +34,11 @@ class KVCache(ABC):
     """
 
     def __init__(
-        self, session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS
+        self,
+        session: Session,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         bundle = session.bundle
         hard = bundle.max_length
@@ -116,7 +120,11 @@ class InPlaceCache(KVCache):
     """Compact rows in buffers that past and present share. Rows may differ in length."""
 
     def __init__(
-        self, session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS
+        self,
+        session: Session,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
         self.capacity = 0
@@ -229,7 +237,11 @@ class GrowingCache(KVCache):
     """A cache that onnxruntime returns one step longer each time. Rows are padded on the left."""
 
     def __init__(
-        self, session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS
+        self,
+        session: Session,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
         shape = session.bundle.shape

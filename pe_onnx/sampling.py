@@ -43,9 +43,7 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check(
-            "temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "0 (greedy) or above"
-        )
+        _check("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "0 (greedy) or above")
         _check("top_k", self.top_k, _integer(self.top_k) >= 0, "an integer, 0 (off) or above")
         _check("top_p", self.top_p, 0 <= _number(self.top_p) <= 1, "0 to 1 (off)")
         _check("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "0 (off) to 1")
@@ -86,21 +84,15 @@ class Sampler:
         """
         rows = np.asarray(logits, dtype=np.float32)
         if rows.ndim != 2 or len(rows) != self.batch_size or rows.shape[1] == 0:
-            raise InputError(
-                f"logits of shape {list(rows.shape)}: accepted is [{self.batch_size}, V] with V above 0"
-            )
+            raise InputError(f"logits of shape {list(rows.shape)}: accepted is [{self.batch_size}, V] with V above 0")
         if len(histories) != self.batch_size:
-            raise InputError(
-                f"{len(histories)} histories: accepted is one for each of {self.batch_size} rows"
-            )
+            raise InputError(f"{len(histories)} histories: accepted is one for each of {self.batch_size} rows")
         if self.options.temperature == 0 and self.options.repetition_penalty == 1:
             tokens = rows.argmax(axis=1)
             for row, token in enumerate(tokens):
                 _check_peak(rows[row, token], row)
             return tokens.astype(np.int64)
-        return np.array(
-            [self._draw(row, rows[row], histories[row]) for row in range(len(rows))], dtype=np.int64
-        )
+        return np.array([self._draw(row, rows[row], histories[row]) for row in range(len(rows))], dtype=np.int64)
 
     def _draw(self, row: int, logits_row: NDArray[np.float32], history: Sequence[int]) -> int:
         ids, weights = _candidates(logits_row, history, self.options, row)
@@ -111,9 +103,7 @@ class Sampler:
         return int(ids[np.searchsorted(cumulative, point, side="right")])
 
 
-def probabilities(
-    logits_row: ArrayLike, history: Sequence[int], options: SamplingOptions
-) -> NDArray[np.float64]:
+def probabilities(logits_row: ArrayLike, history: Sequence[int], options: SamplingOptions) -> NDArray[np.float64]:
     """The distribution, float64 ``[V]``, that a row of logits, float32 ``[V]``, is drawn from."""
     row = np.asarray(logits_row, dtype=np.float32)
     ids, weights = _candidates(row, history, options, 0)
@@ -150,9 +140,7 @@ def _candidates(
     return ids, weights
 
 
-def _penalized(
-    logits_row: NDArray[np.float32], history: Sequence[int], penalty: float
-) -> NDArray[np.float32]:
+def _penalized(logits_row: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
     """A copy of the row with step 1 applied: tokens of the history become less likely if penalty > 1."""
     ids = np.asarray(history, dtype=np.int64)
     ids = ids[(ids >= 0) & (ids < len(logits_row))]

@@ -199,9 +199,7 @@ def test_greedy_with_a_repetition_penalty() -> None:
     np.testing.assert_array_equal(logits, before)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 2, "top_p": 0.5}]
-)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 2, "top_p": 0.5}])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_no_numbers_are_refused_in_one_line(options: dict[str, float], bad: float) -> None:
     logits = np.zeros((2, 5), dtype=np.float32)

@@ -131,9 +131,7 @@ def test_vocab_takes_the_longest_match(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, {"kind": "vocab"}).encode("1+x")
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"a": "1"}, {"a": -1}, {"": 1}, {"a": 1, "b": 1}, {"a": True}, ["a"]]
-)
+@pytest.mark.parametrize("content", [{}, {"a": "1"}, {"a": -1}, {"": 1}, {"a": 1, "b": 1}, {"a": True}, ["a"]])
 def test_a_broken_vocab_is_refused(tmp_path: Path, content: object) -> None:
     write_json(tmp_path, "vocab.json", content)
     with pytest.raises(BundleError, match=r"vocab\.json"):
@@ -143,9 +141,10 @@ def test_a_broken_vocab_is_refused(tmp_path: Path, content: object) -> None:
 def test_without_a_tokenizer_ids_must_be_given(tmp_path: Path) -> None:
     write_json(tmp_path, "config.json", {"eos_token_id": 5})
     none = load_tokenizer(tmp_path, None)
-    for call in (lambda: none.encode("hi"), lambda: none.decode([1])):
-        with pytest.raises(InputError, match=r"no tokenizer.*--tokens 1,2,3"):
-            call()
+    with pytest.raises(InputError, match=r"no tokenizer.*--tokens 1,2,3"):
+        none.encode("hi")
+    with pytest.raises(InputError, match=r"no tokenizer.*--tokens 1,2,3"):
+        none.decode([1])
     assert none.eos_token_ids == {5}
 
 
@@ -266,9 +265,7 @@ def test_streaming_is_decoding_everything(tmp_path: Path, backend: Any, seed: in
     for length in (0, 1, 2, 3, 5, 15, 63, 400):
         ids = [rng.randrange(V + 3) for _ in range(length)]
         if backend is byte_fallback:  # no run of more than 15 byte tokens: 259 to 271 are none
-            ids = [
-                rng.randrange(259, V) if rng.random() < 0.3 or i % 16 == 15 else n for i, n in enumerate(ids)
-            ]
+            ids = [rng.randrange(259, V) if rng.random() < 0.3 or i % 16 == 15 else n for i, n in enumerate(ids)]
         assert stream(ours, ids).text == ours.decode(ids)
 
 
@@ -276,25 +273,7 @@ def test_streaming_is_decoding_everything(tmp_path: Path, backend: Any, seed: in
 def test_streaming_bytes_that_are_no_utf8(seed: int) -> None:
     ours = load_tokenizer(NOWHERE, {"kind": "bytes"})
     rng = random.Random(seed)
-    mixed = [
-        0x41,
-        0x80,
-        0xBF,
-        0xC3,
-        0xE2,
-        0x82,
-        0xAC,
-        0xF0,
-        0x9F,
-        0x98,
-        0xFF,
-        0xED,
-        0xA0,
-        0xEF,
-        0xBF,
-        0xBD,
-        300,
-    ]
+    mixed = [*b"A\x80\xbf\xc3\xe2\x82\xac\xf0\x9f\x98\xff\xed\xa0\xef\xbf\xbd", 300]
     for choices in (range(256), mixed, [0x80], [0xF0, 0x9F, 0x98], [0xE2, 0x82, 0xAC, 0xFF], mixed[-4:-1]):
         for length in (1, 2, 3, 17, 200):
             ids = [rng.choice(choices) for _ in range(length)]
@@ -313,6 +292,9 @@ def test_a_long_run_of_byte_fallback_is_exact_if_valid_and_late_by_16_tokens(tmp
         text_stream.push(token_id)
         assert text.startswith(text_stream.text)
         assert len(text_stream.text.encode()) >= count - 1 - 16
+    broken = stream(ours, [*ours.encode("日本語日本語日本語"), 3 + 0xFF]).text  # what is out stays
+    assert broken.startswith("日本語")
+    assert broken.endswith("\ufffd")
 
 
 def test_no_half_character_is_shown(tmp_path: Path) -> None:
@@ -322,8 +304,7 @@ def test_no_half_character_is_shown(tmp_path: Path) -> None:
         assert "" in shown
         assert [piece for piece in shown if piece] == list("a🙂é日")
     half = TextStream(load_tokenizer(NOWHERE, {"kind": "bytes"}))
-    assert [half.push(byte) for byte in (0x62, 0xE2, 0x82)] == ["b", "", ""]
-    assert half.finish() == "\ufffd"
+    assert [*map(half.push, b"b\xe2\x82"), half.finish()] == ["b", "", "", "\ufffd"]
 
 
 def test_a_continued_prompt_keeps_its_space(tmp_path: Path) -> None:
@@ -349,7 +330,6 @@ def test_the_window_stays_short_whatever_comes(tmp_path: Path, backend: Any, mon
 
 STOPS = [
     ("hello STOP world", ["STOP"], "hello "),
-    ("hello STO", ["STOP"], None),
     ("hello STOSTOP!", ["STOP"], "hello STO"),
     ("aaab", ["aab"], "a"),
     ("xabcy", ["abc", "b"], "xa"),
@@ -394,7 +374,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     ours = load_tokenizer(NOWHERE, {"kind": "bytes"})
     text_stream = TextStream(ours, stop=["END", "<|im_end|>"])
     shown = [text_stream.push(byte) for byte in b"a<b E<|im_x END"]
-    assert shown == ["a", "", "<b", " ", "", "E", "", "", "", "", "<|im_x", " ", "", "", ""]
+    assert "/".join(shown) == "a//<b/ //E/////<|im_x/ ///"
     assert text_stream.stopped
     with pytest.raises(ConfigError, match="stop = ''"):
         TextStream(ours, stop=["a", ""])
@@ -408,7 +388,8 @@ def test_imports_are_lazy_and_a_missing_one_names_the_extra(tmp_path: Path, pack
         t.TextStream(t.load_tokenizer(pathlib.Path("nowhere"), {{"kind": "bytes"}})).push(65)
         print([name for name in ("torch", "transformers", "tokenizers", "jinja2") if name in sys.modules])
         sys.modules[{package!r}] = None
-        try: t.load_tokenizer(pathlib.Path({str(tmp_path)!r}), {{"kind": {kind!r}}}).apply_chat_template([{{}}])
+        folder, spec = pathlib.Path({str(tmp_path)!r}), {{"kind": {kind!r}}}
+        try: t.load_tokenizer(folder, spec).apply_chat_template([{{}}])
         except errors.MissingDependencyError as error: print(error)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported, message = run.stdout.splitlines()

@@ -48,6 +48,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: what a user caused is one line on stderr and exit code 2 or 1, never a traceback."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars; ours say which stage it is
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as done:

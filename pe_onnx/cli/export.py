@@ -53,7 +53,12 @@ def command(
     if encoding is not None:
         name, parameters = parse_encoding(encoding)
         config = {key: _value(text) for key, text in parse_assignments(fields, "--set").items()}
-        options = {"encoding": name, "encoding_parameters": parameters, "config": config, "preset": preset or "tiny"}
+        options = {
+            "encoding": name,
+            "encoding_parameters": parameters,
+            "config": config,
+            "preset": preset or "tiny",
+        }
     begin = time.perf_counter()
     with stages(5, "export") as progress:
         bundle = export(

@@ -89,8 +89,9 @@ def _print(report) -> None:  # type: ignore[no-untyped-def]
         )
     console.print(table)
     allowed = report.tolerance
+    verdict = "[green]pass[/]" if report.passed else "[red]FAIL[/]"
     console.print(
-        f"{'[green]pass[/]' if report.passed else '[red]FAIL[/]'}: {report.dtype} allows an error of {allowed.error:.0e} "
+        f"{verdict}: {report.dtype} allows an error of {allowed.error:.0e} "
         f"of the spread ({report.spread:.3g}) and wants top-1 agreement of {allowed.top1:.0%}; "
         f"worst error {report.relative_error:.1e}"
     )

@@ -33,9 +33,7 @@ class Alibi(PositionalEncoding):
         super().__init__(config)
         self.slopes = slopes(config.num_attention_heads).float()  # no buffer: half() would round it
 
-    def bias(
-        self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int
-    ) -> torch.Tensor:
+    def bias(self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int) -> torch.Tensor:
         if key_positions is None:
             key_positions = torch.arange(key_length, device=query_positions.device)[None]
         return alibi_bias(self.slopes, query_positions, key_positions)

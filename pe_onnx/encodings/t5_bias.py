@@ -27,7 +27,5 @@ class T5Bias(PositionalEncoding):
         self.max_distance = max_distance
         self.weight = nn.Parameter(torch.empty(num_buckets, config.num_attention_heads))
 
-    def bias(
-        self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int
-    ) -> torch.Tensor:
+    def bias(self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int) -> torch.Tensor:
         return t5_relative_bias(self.weight, query_positions, key_positions, key_length, self.max_distance)
