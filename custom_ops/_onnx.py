@@ -1,4 +1,4 @@
-"""What the operators share on the ONNX side: opset, domain, contrib schemas, and functions that survive the exporter."""
+"""What the operators share on the ONNX side: opset, domain, contrib schemas, functions that survive the exporter."""
 
 from typing import Any
 

@@ -129,7 +129,7 @@ class Model:
         prompts, single = self._prompts(prompt)
         options = sampling or SamplingOptions()
         sampler = Sampler(options, len(prompts))
-        rows = [_Row(list(ids), len(ids), TextStream(self.tokenizer, stop)) for ids in prompts]
+        rows = [_Row(list(ids), len(ids), TextStream(self.tokenizer, stop, prompt=ids)) for ids in prompts]
         ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
         if cache is None:
             cache = self.cache(len(prompts), max_length)

@@ -280,7 +280,7 @@ def _padded(session: Session, rows: list[Array], side: str) -> Iterator[Pair]:
             yield from (Pair(b, i, logits[b, slot]) for i, slot in enumerate(slots))
         else:
             yield Pair(b, n - 1, logits[b, 0])
-    for k in range(5):
+    for k in range(min(5, *(row.size - n for row, n in zip(rows, used, strict=True)))):
         step = cache.decode([int(row[n + k]) for row, n in zip(rows, used, strict=True)])
         yield from (Pair(b, n + k, step[b]) for b, n in enumerate(used))
 

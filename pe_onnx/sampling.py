@@ -10,8 +10,8 @@ Source: the logits processors of transformers 5.23, ``generation/logits_process.
     5. min-p                  keep p_i >= min_p * max(p)
 
 Step 4 always keeps the most likely token, and drops the lower id first among equals. Everything after step 1
-is computed in float64, and the candidates stay in ascending order of their ids, so what a seed draws does not
-depend on how a processor partitions.
+is computed in float64, and the order of the candidates is fixed by their logits and ids: what a seed draws does
+not depend on how a processor partitions or sorts equals.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def probabilities(logits_row: ArrayLike, history: Sequence[int], options: Sampli
 def _candidates(
     logits_row: NDArray[np.float32], history: Sequence[int], options: SamplingOptions, row: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens left after all steps: ids in ascending order, and their probabilities up to a factor."""
+    """The ids of the tokens left after all steps, and their probabilities up to a factor."""
     if options.repetition_penalty != 1:
         logits_row = _penalized(logits_row, history, options.repetition_penalty)
     best = logits_row.argmax()  # a NaN counts as the largest
@@ -152,7 +152,7 @@ def _penalized(logits_row: NDArray[np.float32], history: Sequence[int], penalty:
 
 
 def _nucleus(p: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Indices, ascending, of the tokens that top-p keeps of the probabilities ``p``.
+    """Indices of the tokens that top-p keeps of the probabilities ``p``, the most likely last.
 
     All tokens below ``(1 - top_p) / len(p)`` together weigh less than ``1 - top_p``: they are dropped
     unsorted, and only the few others are sorted.
@@ -163,7 +163,7 @@ def _nucleus(p: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     order = above[np.argsort(p[above], kind="stable")]
     dropped_mass = p[p < floor].sum() + np.cumsum(p[order])
     dropped_mass[-1] = math.inf  # the most likely token always stays
-    return np.sort(order[dropped_mass > cut])
+    return order[dropped_mass > cut]
 
 
 def _check_peak(peak: np.float32, row: int) -> float:

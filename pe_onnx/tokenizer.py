@@ -54,7 +54,7 @@ class Tokenizer(ABC):
         numbers = [operator.index(token_id) for token_id in ids]
         if numbers and min(numbers) < 0:
             raise InputError(f"token id = {min(numbers)}: accepted are ids from 0")
-        return self._decode(numbers, skip_special_tokens)
+        return self._decode(numbers, skip_special_tokens) if numbers else ""
 
     @abstractmethod
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
@@ -243,7 +243,7 @@ class BytesTokenizer(Tokenizer):
 
 
 class NoTokenizer(Tokenizer):
-    """Stands for the tokenizer of a bundle that has none; `eos_token_ids` works all the same."""
+    """Stands for the tokenizer of a bundle that has none: a `TextStream` of it is empty, `eos_token_ids` works."""
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         raise InputError("this bundle has no tokenizer: give token ids, as in --tokens 1,2,3")
@@ -252,7 +252,7 @@ class NoTokenizer(Tokenizer):
         raise InputError("this bundle has no tokenizer: read token ids, give them as in --tokens 1,2,3")
 
     def is_silent(self, token_id: int) -> bool:
-        return False
+        return True
 
 
 _KINDS: dict[str, type[Tokenizer]] = {
@@ -296,8 +296,7 @@ class TextStream:
         self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stops:
             raise ConfigError("stop = '': accepted is a string of one character or more")
-        recent = prompt[-_MAX_HELD_TOKENS:]
-        self._window = [token_id for token_id in recent if not tokenizer.is_silent(token_id)]
+        self._window = list(prompt[-_MAX_HELD_TOKENS:])
         self._read = len(self._window)  # tokens at the window's start whose text is out
         self._tail = ""  # decoded, but it may begin a stop string
         self._pieces: list[str] = []

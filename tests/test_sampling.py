@@ -90,6 +90,14 @@ def test_ties_are_kept_as_in_transformers(options: dict[str, float]) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+def test_a_sum_that_is_exactly_one_minus_top_p_is_dropped() -> None:
+    row = np.zeros(4, dtype=np.float32)
+    for top_p, kept in ((0.75, [1, 2, 3]), (0.5, [2, 3]), (0.25, [3])):
+        got = probabilities(row, [], SamplingOptions(temperature=1.0, top_p=top_p))
+        assert np.flatnonzero(got).tolist() == kept
+        np.testing.assert_array_equal(got, transformers_probabilities(row, [0], top_p=top_p))
+
+
 def test_order_of_the_steps_matters_and_is_that_of_transformers() -> None:
     row = np.linspace(3, -3, 13, dtype=np.float32)
     history = [0, 4]

@@ -35,7 +35,7 @@ MESSAGES = [
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level BPE with a BOS that is put before each text, as Llama 3 and SmolLM have."""
+    """A byte-level BPE with a BOS before each text, as Llama 3 has."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -139,13 +139,12 @@ def test_a_broken_vocab_is_refused(tmp_path: Path, content: object) -> None:
 
 
 def test_without_a_tokenizer_ids_must_be_given(tmp_path: Path) -> None:
-    write_json(tmp_path, "config.json", {"eos_token_id": 5})
     none = load_tokenizer(tmp_path, None)
     with pytest.raises(InputError, match=r"no tokenizer.*--tokens 1,2,3"):
         none.encode("hi")
     with pytest.raises(InputError, match=r"no tokenizer.*--tokens 1,2,3"):
         none.decode([1])
-    assert none.eos_token_ids == {5}
+    assert stream(none, [5, 0, 7]).text == none.decode([]) == ""
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
@@ -231,7 +230,7 @@ def test_where_the_chat_template_comes_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "complaint"),
     [
-        ("{{ raise_exception('roles must alternate') }}", MESSAGES, "roles must alternate"),
+        ("{{ raise_exception('roles must\nalternate') }}", MESSAGES, "roles must alternate"),
         ("{% for m in messages %}\n", MESSAGES, "TemplateSyntaxError"),
         ("{{ messages[0].content + 1 }}", MESSAGES, "TypeError"),
         ("{{ messages.append({}) }}", MESSAGES, "SecurityError"),
@@ -292,9 +291,8 @@ def test_a_long_run_of_byte_fallback_is_exact_if_valid_and_late_by_16_tokens(tmp
         text_stream.push(token_id)
         assert text.startswith(text_stream.text)
         assert len(text_stream.text.encode()) >= count - 1 - 16
-    broken = stream(ours, [*ours.encode("日本語日本語日本語"), 3 + 0xFF]).text  # what is out stays
-    assert broken.startswith("日本語")
-    assert broken.endswith("\ufffd")
+    late = stream(ours, [3 + byte for byte in "日本語日本語日本語".encode() + b"\xff"])
+    assert late.text == "日本語日本" + 13 * "\ufffd"  # what is out stays
 
 
 def test_no_half_character_is_shown(tmp_path: Path) -> None:
@@ -339,7 +337,7 @@ STOPS = [
     ("STOP", ["STOP"], ""),
     ("été 🙂🚀!", ["🙂🚀"], "été "),
     ("été 🙂🙂", ["🙂🚀"], None),
-    ("a lone string", "lone", "a "),
+    ("a long lone string", "lone", "a long "),
 ]
 
 

@@ -1,0 +1,155 @@
+"""Cost of each encoding: decode ms/token and prefill tokens/s against context, preset small, as ratios to `none`.
+
+Contestants are interleaved step by step, so that a slow moment of the machine falls on all of them, and medians are
+taken. Also measured: a decode step at 512 tokens in an 8192-token buffer against a 1024-token buffer.
+
+    python benchmarks/encodings.py [--contexts 128,1024,4096,8192] [--repeats 60] [-o benchmarks/encodings.json]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+ENCODINGS = ("none", "learned", "sinusoidal", "rope", "t5_bias", "alibi")
+BASELINE = "none"
+
+
+def median_ms(times: list[float]) -> float:
+    return 1000 * statistics.median(times)
+
+
+def fill(cache: Any, tokens: int, rng: np.random.Generator) -> None:
+    """Random keys and values in the first ``tokens`` slots: what a decode step costs does not depend on them."""
+    cache.reserve(tokens + 1)
+    for buffer in cache.buffers:
+        buffer.host[:, :, :tokens] = rng.standard_normal((*buffer.shape[:2], tokens, buffer.shape[3]), np.float32)
+        buffer.upload()
+    cache.lengths[:] = tokens
+
+
+def measure_decode(models: dict[str, Any], context: int, repeats: int) -> dict[str, float]:
+    """Median ms of one decode step at ``context`` cached tokens, contestants in turn."""
+    rng = np.random.default_rng(0)
+    caches = {}
+    for name, model in models.items():
+        caches[name] = model.cache(1, context + 8)
+        fill(caches[name], context, rng)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 5):
+        order = list(caches)
+        order = order[repeat % len(order) :] + order[: repeat % len(order)]
+        for name in order:
+            cache = caches[name]
+            cache.lengths[:] = context
+            begin = time.perf_counter()
+            cache.decode([7])
+            if repeat >= 5:
+                times[name].append(time.perf_counter() - begin)
+    return {name: median_ms(values) for name, values in times.items()}
+
+
+def measure_prefill(models: dict[str, Any], context: int, repeats: int) -> dict[str, float]:
+    """Median tokens/s of a prompt of ``context`` tokens, contestants in turn."""
+    prompt = np.random.default_rng(0).integers(0, 256, context).tolist()
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            cache = model.cache(1, context)
+            cache.reserve(context)
+            begin = time.perf_counter()
+            cache.prefill([prompt])
+            if repeat:
+                times[name].append(time.perf_counter() - begin)
+    return {name: context / statistics.median(values) for name, values in times.items()}
+
+
+def measure_buffers(model: Any, repeats: int) -> dict[str, float]:
+    """Decode at 512 tokens in buffers of two sizes, in turn: a cost that followed the buffer would show."""
+    rng = np.random.default_rng(0)
+    caches = {}
+    for size in (1024, 8192):
+        caches[size] = model.cache(1, size)
+        caches[size].reserve(size)
+        fill(caches[size], 512, rng)
+    times: dict[int, list[float]] = {size: [] for size in caches}
+    for repeat in range(repeats + 5):
+        for size, cache in caches.items():
+            cache.lengths[:] = 512
+            begin = time.perf_counter()
+            cache.decode([7])
+            if repeat >= 5:
+                times[size].append(time.perf_counter() - begin)
+    small, large = median_ms(times[1024]), median_ms(times[8192])
+    return {"buffer_1024_ms": small, "buffer_8192_ms": large, "ratio": large / small}
+
+
+def table(title: str, figures: dict[int, dict[str, float]], digits: int, inverse: bool) -> str:
+    """Markdown: one row an encoding, its figure and in brackets its cost relative to the baseline."""
+    contexts = list(figures)
+    lines = [
+        f"| {title} | " + " | ".join(f"{c:,}" for c in contexts) + " |",
+        "|---|" + "---:|" * len(contexts),
+    ]
+    for name in ENCODINGS:
+        cells = []
+        for context in contexts:
+            value, base = figures[context][name], figures[context][BASELINE]
+            ratio = base / value if inverse else value / base
+            cells.append(f"{value:,.{digits}f} ({ratio:.2f})")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--contexts", default="128,1024,4096,8192", show_default=True, help="Tokens of context.")
+@click.option("--preset", default="small", show_default=True)
+@click.option("--repeats", default=60, show_default=True, help="Decode steps of each contestant.")
+@click.option("--prefills", default=3, show_default=True, help="Prompts of each contestant.")
+@click.option("--threads", default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
+def main(contexts: str, preset: str, repeats: int, prefills: int, threads: int, output: Path) -> None:
+    """Measure the six encodings side by side."""
+    import onnxruntime
+
+    import pe_onnx
+
+    sizes = [int(c) for c in contexts.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for name in ENCODINGS:
+            pe_onnx.export(encoding=name, preset=preset, output=Path(folder, name))
+            models[name] = pe_onnx.load(Path(folder, name), threads=threads)
+        decode, prefill = {}, {}
+        for context in sizes:
+            click.echo(f"context {context}", err=True)
+            decode[context] = measure_decode(models, context, repeats)
+            prefill[context] = measure_prefill(models, context, prefills)
+        buffers = measure_buffers(models["rope"], repeats)
+    result = {
+        "preset": preset,
+        "provider": "CPUExecutionProvider",
+        "onnxruntime": onnxruntime.__version__,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "decode_ms_per_token": decode,
+        "prefill_tokens_per_s": prefill,
+        "decode_at_512_tokens_by_buffer": buffers,
+    }
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    click.echo(table("decode, ms/token", decode, 2, False) + "\n")
+    click.echo(table("prefill, tokens/s", prefill, 0, True) + "\n")
+    click.echo(f"decode at 512 tokens, 8192-token buffer over 1024-token buffer: {buffers['ratio']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Six encodings on two targets against PyTorch, and their broken twins, which must fail."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pe_onnx
+from pe_onnx.config import DecoderConfig
+from pe_onnx.encodings.alibi import Alibi
+from pe_onnx.encodings.learned import Learned
+from pe_onnx.encodings.rope import Rope
+from pe_onnx.encodings.sinusoidal import Sinusoidal
+from pe_onnx.encodings.t5_bias import T5Bias
+from pe_onnx.errors import CheckpointError, ConfigError
+from pe_onnx.models.attention import CompactStep, MaskedStep
+from pe_onnx.models.decoder import Decoder
+from pe_onnx.models.exportable import PlainDecoder
+from pe_onnx.parity import MODES, TOLERANCES, check_parity
+
+ENCODINGS = ("none", "learned", "sinusoidal", "rope", "t5_bias", "alibi")
+TARGETS = ("ort", "portable")
+GROUPED = {"num_key_value_heads": 2}
+Bundles = Callable[..., Path]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_mode_agrees_with_pytorch(bundles: Bundles, encoding: str, target: str) -> None:
+    report = check_parity(bundles(encoding, target, config=GROUPED), tolerance=2e-5)
+    expected = [mode for mode in MODES if target == "portable" or not mode.endswith("_padding")]
+    assert [mode.mode for mode in report.modes] == expected
+    assert all(mode.positions > 0 for mode in report.modes)
+    assert report.passed, report.to_dict()
+    greedy = report.modes[-1]
+    assert (greedy.mode, greedy.positions, greedy.top1_agreement, greedy.near_ties) == ("greedy", 4 * 64, 1.0, 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_lengths_and_an_odd_one(bundles: Bundles, target: str) -> None:
+    for tokens in (2, 37):
+        assert check_parity(bundles("t5_bias", target, config=GROUPED), tokens=tokens, tolerance=2e-5).passed
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "t5_bias", "sinusoidal", "none"])
+def test_past_the_trained_length(encoding: str, tmp_path: Path) -> None:
+    """Nothing in the graph limits these: 300 tokens with a trained length of 64."""
+    bundle = tmp_path / "bundle"
+    pe_onnx.export(encoding=encoding, output=bundle, config={"max_position_embeddings": 64})
+    model = pe_onnx.load(bundle)
+    reference = PlainDecoder(Decoder(DecoderConfig.preset("tiny", encoding=encoding, max_position_embeddings=64)))
+    ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(ids, torch.ones_like(ids), torch.arange(300)[None])[0].numpy()
+    cache = model.cache(1, max_length=300)
+    error = np.abs(cache.prefill([ids[0, :299].tolist()])[0] - expected[298]).max()
+    error = max(error, np.abs(cache.decode([int(ids[0, 299])])[0] - expected[299]).max())
+    assert error <= 2e-5 * expected.std()
+
+
+@pytest.mark.parametrize("architecture", ["neox", "gpt2", "soft-capped"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_other_architectures(architecture: str, target: str, tmp_path: Path) -> None:
+    configs = {
+        "neox": {"norm": "layer", "mlp": "plain", "hidden_act": "gelu", "attention_bias": True, "output_bias": True}
+        | {"mlp_bias": True, "parallel_residual": True, "tie_word_embeddings": False},
+        "gpt2": {"norm": "layer", "mlp": "plain", "hidden_act": "gelu_tanh", "mlp_bias": True, "embedding_scale": 8.0},
+        "soft-capped": {"attention_softcap": 3.0, "logit_softcap": 6.0, "score_scale": 0.5, "head_dim": 32},
+    }
+    parameters = {"neox": {"rotary_dim": 8}, "gpt2": {"interleaved": True}, "soft-capped": {"theta": 500.0}}
+    pe_onnx.export(
+        encoding="rope",
+        encoding_parameters=parameters[architecture],
+        config=configs[architecture],
+        target=target,
+        output=tmp_path / "bundle",
+    )
+    assert check_parity(tmp_path / "bundle", tolerance=2e-5).passed
+
+
+@pytest.mark.parametrize("encoding", ["alibi", "t5_bias"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_bias_under_a_soft_cap(encoding: str, target: str, tmp_path: Path) -> None:
+    """The bias is added after the soft-cap, in both targets."""
+    pe_onnx.export(encoding=encoding, config={"attention_softcap": 2.0}, target=target, output=tmp_path / "bundle")
+    assert check_parity(tmp_path / "bundle", tolerance=2e-5).passed
+
+
+@pytest.mark.parametrize("logits", ["last", "all"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_both_kinds_of_logits(logits: str, target: str, tmp_path: Path) -> None:
+    pe_onnx.export(encoding="rope", target=target, logits=logits, output=tmp_path / "bundle")
+    assert check_parity(tmp_path / "bundle", tolerance=2e-5).passed
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_half_precision_keeps_to_its_row(bundles: Bundles, encoding: str) -> None:
+    """Against float32 PyTorch with the unrounded weights."""
+    folder = bundles(encoding, "ort", dtype="fp16")
+    report = check_parity(folder)
+    assert report.tolerance == TOLERANCES["fp16"]
+    assert report.passed, report.to_dict()
+    assert min(mode.top1_agreement for mode in report.modes) >= 0.99
+    assert not check_parity(folder, tolerance=TOLERANCES["fp32"].error, modes=["steps"]).passed
+
+
+def broken(
+    encoding: str,
+    folder: Path,
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    target: str = "ort",
+    modes: tuple[str, ...] | None = None,
+) -> pe_onnx.parity.ParityReport:  # type: ignore[name-defined]
+    """Parity of a bundle that was exported while something was broken, against the whole decoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        break_it(patch)
+        pe_onnx.export(encoding=encoding, config=GROUPED, target=target, output=folder / "bundle")
+    return check_parity(folder / "bundle", modes=modes)
+
+
+def test_a_whole_twin_passes(tmp_path: Path) -> None:
+    """What the broken twins are compared with: the same procedure, nothing broken."""
+    assert broken("rope", tmp_path, lambda patch: None).passed
+
+
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name != "none"])
+def test_switched_off_fails(encoding: str, tmp_path: Path) -> None:
+    def off(patch: pytest.MonkeyPatch) -> None:
+        for cls in (Learned, Sinusoidal):
+            patch.setattr(cls, "embed", lambda self, p: torch.zeros(*p.shape, 64))
+        patch.setattr(Rope, "rotate", lambda self, x, tables, heads: x)
+        for cls in (Alibi, T5Bias):
+            original = cls.bias
+            patch.setattr(cls, "bias", lambda self, *args, f=original: f(self, *args) * 0)
+
+    report = broken(encoding, tmp_path, off)
+    assert not report.passed
+    assert report.relative_error > 0.1
+
+
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name != "none"])
+def test_positions_shifted_by_one_fail(encoding: str, tmp_path: Path) -> None:
+    """Absolute positions all by one; where only the distance counts, the query's by one."""
+
+    def shift(patch: pytest.MonkeyPatch) -> None:
+        for cls in (Learned, Sinusoidal):
+            original = cls.embed
+            patch.setattr(cls, "embed", lambda self, p, f=original: f(self, p + 1))
+        tables, rotate = Rope.tables, Rope.rotate
+        patch.setattr(Rope, "tables", lambda self, p: (*tables(self, p), *tables(self, p + 1)))
+        patch.setattr(Rope, "rotate", lambda self, x, t, heads: rotate(self, x, t[2:] if heads == 4 else t[:2], heads))
+        for cls in (Alibi, T5Bias):
+            bias = cls.bias
+            patch.setattr(cls, "bias", lambda self, q, k, n, f=bias: f(self, q + 1, k, n))
+
+    report = broken(encoding, tmp_path, shift)
+    if encoding == "alibi":  # a constant in every row of scores, which softmax ignores: the definition, no fault
+        assert report.passed
+        return
+    assert not report.passed
+    assert report.relative_error > 0.01
+
+
+def test_wrong_rotation_pairing_fails(tmp_path: Path) -> None:
+    def pair_wrongly(patch: pytest.MonkeyPatch) -> None:
+        original = Rope.__init__
+
+        def init(self: Rope, config: DecoderConfig, *, theta: float = 1e4, interleaved: bool = False, rotary_dim: int = 0):
+            original(self, config, theta=theta, interleaved=not interleaved, rotary_dim=rotary_dim)
+
+        patch.setattr(Rope, "__init__", init)
+
+    assert broken("rope", tmp_path, pair_wrongly).relative_error > 0.1
+
+
+@pytest.mark.parametrize("encoding", ["alibi", "t5_bias"])
+def test_bias_with_the_other_sign_fails(encoding: str, tmp_path: Path) -> None:
+    def flip(patch: pytest.MonkeyPatch) -> None:
+        for cls in (Alibi, T5Bias):
+            original = cls.bias
+            patch.setattr(cls, "bias", lambda self, *args, f=original: -f(self, *args))
+
+    assert broken(encoding, tmp_path, flip).relative_error > 0.1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mask_ignored_fails(target: str, tmp_path: Path) -> None:
+    """Only a batch shows it: the modes of a single row still pass."""
+
+    def ignore(patch: pytest.MonkeyPatch) -> None:
+        for cls in (CompactStep, MaskedStep):
+            original = cls.__init__
+
+            def init(self, mask, new, past, f=original):  # type: ignore[no-untyped-def]
+                f(self, torch.ones_like(mask), new, past)
+
+            patch.setattr(cls, "__init__", init)
+
+    report = broken("rope", tmp_path, ignore, target)
+    results = {mode.mode: mode for mode in report.modes}
+    assert results["whole"].passed
+    assert results["steps"].passed
+    assert results["ragged"].relative_error > 0.1
+    assert results["ragged"].first_difference is not None
+    if target == "portable":
+        assert results["left_padding"].relative_error > 0.1
+        assert results["interior_padding"].relative_error > 0.1
+
+
+def test_another_theta_fails(bundles: Bundles) -> None:
+    config = DecoderConfig.preset("tiny", encoding="rope", encoding_parameters={"theta": 9000.0}, **GROUPED)
+    report = check_parity(bundles("rope", config=GROUPED), PlainDecoder(Decoder(config)))
+    assert not report.passed
+
+
+def test_a_reference_of_ones_own(bundles: Bundles) -> None:
+    folder = bundles("rope", config=GROUPED)
+    decoder = PlainDecoder(Decoder(DecoderConfig.preset("tiny", encoding="rope", **GROUPED)))
+    assert check_parity(folder, decoder).passed
+
+    def halved(ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            positions = torch.arange(ids.shape[1]).expand(ids.shape)
+            return decoder(torch.from_numpy(ids), torch.ones(ids.shape), positions).numpy() / 2
+
+    assert not check_parity(folder, halved, modes=["whole"]).passed
+
+
+def test_figures_are_what_they_say(bundles: Bundles) -> None:
+    """Max abs error, spread, KL and near-ties against a reference with a known offset."""
+    folder = bundles("rope", config=GROUPED)
+    decoder = PlainDecoder(Decoder(DecoderConfig.preset("tiny", encoding="rope", **GROUPED)))
+
+    def offset(ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            positions = torch.arange(ids.shape[1]).expand(ids.shape)
+            logits = decoder(torch.from_numpy(ids), torch.ones(ids.shape), positions).numpy()
+        logits[..., 0] += 0.5
+        return logits
+
+    mode = check_parity(folder, offset, modes=["steps"], tokens=20).modes[0]
+    assert mode.max_abs_error == pytest.approx(0.5, abs=1e-3)
+    assert mode.positions == 20
+    assert mode.first_difference == "row 0, position 0"
+    assert 0 < mode.kl < 0.1
+
+
+def test_what_cannot_be_compared_is_refused(bundles: Bundles) -> None:
+    folder = bundles("rope", config=GROUPED)
+    with pytest.raises(ConfigError, match="did you mean 'whole'"):
+        check_parity(folder, modes=["whol"])
+    with pytest.raises(ConfigError, match="portable"):
+        check_parity(folder, modes=["left_padding"])
+    with pytest.raises(CheckpointError, match="must be a checkpoint"):
+        check_parity(folder, 17)
+
+
+def test_the_report_is_plain_data(bundles: Bundles) -> None:
+    values = check_parity(bundles("rope", config=GROUPED), modes=["whole"], tokens=9).to_dict()
+    assert values["passed"] is True
+    assert set(values["tolerance"]) == {"error", "top1"}
+    assert {"mode", "kl", "near_ties", "first_difference"} <= set(values["modes"][0])
+    assert dataclasses.is_dataclass(pe_onnx.parity.ModeResult)  # type: ignore[attr-defined]
