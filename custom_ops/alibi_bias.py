@@ -19,13 +19,11 @@ def _fake(slopes: torch.Tensor, query_positions: torch.Tensor, key_positions: to
 
 @script(PE_ONNX, default_opset=opset23)
 def AlibiBias(slopes: FLOAT, query_positions: INT64, key_positions: INT64) -> FLOAT:
-    one = opset23.Constant(value_ints=[1])
-    queries = opset23.Unsqueeze(query_positions, opset23.Constant(value_ints=[2]))  # [B, T, 1]
-    keys = opset23.Unsqueeze(key_positions, one)  # [B or 1, 1, S]
-    # float32 up to the product: float16 counts no distance beyond 2048 exactly
-    distance = opset23.Unsqueeze(opset23.Cast(keys - queries, to=1), one)  # [B, 1, T, S]
+    # float32 counts positions exactly to 2^24, float16 no distance beyond 2048
+    queries = opset23.Unsqueeze(opset23.Cast(query_positions, to=1), opset23.Constant(value_ints=[1, 3]))
+    keys = opset23.Unsqueeze(opset23.Cast(key_positions, to=1), opset23.Constant(value_ints=[1, 2]))
     per_head = opset23.Unsqueeze(opset23.Cast(slopes, to=1), opset23.Constant(value_ints=[1, 2]))  # [H, 1, 1]
-    return opset23.CastLike(per_head * distance, slopes)
+    return opset23.CastLike(per_head * (keys - queries), slopes)  # [H, 1, 1] * [B, 1, T, S]
 
 
 def _translate(slopes, query_positions, key_positions):  # type: ignore[no-untyped-def]

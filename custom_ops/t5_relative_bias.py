@@ -65,46 +65,39 @@ def _general() -> object:
 
 
 def _compact() -> object:
-    """Keys at 0, 1, 2, ...: a slice of the per-distance vector for a step, its skewed copy for a prompt."""
+    """Keys at 0, 1, 2, ...: for a step of one row a slice of the per-distance vector, otherwise one gather."""
 
     @script(PE_ONNX, default_opset=opset23)
     def T5RelativeBias(weight: FLOAT, query_positions: INT64, key_length: INT64, buckets: INT64) -> FLOAT:
+        one = opset23.Constant(value_int=1)
+        zero32 = opset23.Cast(0, to=6)
+        farthest = opset23.Size(buckets) - 1
         by_distance = opset23.Transpose(opset23.Gather(weight, buckets), perm=[1, 0])  # [H, N], N = max_distance + 1
-        zero = opset23.Constant(value_ints=[0])
-        one = opset23.Constant(value_ints=[1])
-        minus_one = opset23.Constant(value_ints=[-1])
-        last = opset23.Constant(value_ints=[9223372036854775807])
-        first = opset23.Constant(value_ints=[-9223372036854775807])
-        S = opset23.Reshape(key_length, one)
-        B = opset23.Shape(query_positions, start=0, end=1)
-        T = opset23.Shape(query_positions, start=1, end=2)
-        H = opset23.Shape(by_distance, start=0, end=1)
-        N = opset23.Shape(by_distance, start=1, end=2)
-        rows_differ = opset23.Squeeze(opset23.And(opset23.Greater(B, one), opset23.Equal(T, one)))
-        if rows_differ:  # one step of several rows, each at its own length
-            keys = opset23.Range(opset23.Squeeze(zero), opset23.Squeeze(S), opset23.Squeeze(one))
-            distance = opset23.Clip(query_positions - keys, opset23.Squeeze(zero), opset23.Squeeze(N - 1))  # [B, S]
-            gathered = opset23.Gather(by_distance, distance, axis=1)  # [H, B, S]
-            bias = opset23.Unsqueeze(opset23.Transpose(gathered, perm=[1, 0, 2]), opset23.Constant(value_ints=[2]))
-        else:  # all rows at the same positions: column n of `vector` is the distance end - 1 - n
-            start = opset23.Reshape(opset23.Slice(query_positions, zero, one, zero), minus_one)
-            end = opset23.Slice(start, zero, one) + T
-            reverse = opset23.Slice(by_distance, minus_one, first, one, minus_one)
-            beyond = opset23.Expand(
-                opset23.Slice(reverse, zero, one, one), opset23.Concat(H, opset23.Max(end - N, zero), axis=0)
-            )
-            near = opset23.Slice(reverse, opset23.Max(N - end, zero), last, one)
-            future = opset23.Expand(opset23.Slice(reverse, minus_one, last, one), opset23.Concat(H, T, axis=0))
-            vector = opset23.Concat(beyond, near, future, axis=1)  # [H, end + T]
-            M = end + T
-            copies = opset23.Expand(
-                opset23.Unsqueeze(vector, one), opset23.Concat(H, T, M, axis=0)
-            )  # row i of the flat copies, cut M - 1 long from T - 1 on, begins T - 1 - i columns into the vector
-            flat = opset23.Reshape(copies, opset23.Concat(H, minus_one, axis=0))
-            cut = opset23.Slice(flat, T - 1, T - 1 + T * (M - 1), one)
-            skewed = opset23.Reshape(cut, opset23.Concat(one, H, T, M - 1, axis=0))
-            bias = opset23.Slice(skewed, zero, S, opset23.Constant(value_ints=[3]))  # [1, H, T, S]
-        return bias
+        reverse = opset23.Unsqueeze(
+            opset23.Gather(by_distance, opset23.Range(farthest, -1, -1), axis=1), opset23.Constant(value_ints=[0, 2])
+        )  # [1, H, 1, N]
+        S = opset23.Squeeze(key_length)
+        if opset23.Squeeze(opset23.Equal(opset23.Shape(query_positions, start=1, end=2), one)):
+            if opset23.Squeeze(opset23.Equal(opset23.Shape(query_positions, start=0, end=1), one)):
+                # distances S - 1 .. 0; a negative pad cuts the farthest off
+                beyond = opset23.Reshape(S - farthest - 1, opset23.Constant(value_ints=[1]))
+                zeros = opset23.Constant(value_ints=[0, 0, 0])
+                zero = opset23.Constant(value_ints=[0])
+                step = opset23.Pad(reverse, opset23.Concat(zeros, beyond, zeros, zero, axis=0), mode="edge")
+            else:  # each row at its own length
+                keys_s = opset23.Cast(opset23.Range(0, S, one), to=6)
+                distance_s = opset23.Cast(query_positions, to=6) - keys_s  # [B, S]
+                index_s = opset23.Clip(distance_s, zero32, opset23.Cast(farthest, to=6))
+                gathered = opset23.Transpose(opset23.Gather(by_distance, index_s, axis=1), perm=[1, 0, 2])
+                step = opset23.Unsqueeze(gathered, opset23.Constant(value_ints=[2]))  # [B, H, 1, S]
+            bias = opset23.Identity(step)
+        else:  # rows share their positions: one [H, T, S], made once and never copied
+            keys = opset23.Cast(opset23.Range(0, S, one), to=6)
+            queries = opset23.Gather(query_positions, opset23.Constant(value_int=0))  # [T]
+            distance = opset23.Unsqueeze(opset23.Cast(queries, to=6), opset23.Constant(value_ints=[1])) - keys  # [T, S]
+            index = opset23.Clip(distance, zero32, opset23.Cast(farthest, to=6))
+            bias = opset23.Gather(opset23.Unsqueeze(by_distance, opset23.Constant(value_ints=[0])), index, axis=2)
+        return bias  # [B or 1, H, T, S]
 
     return T5RelativeBias
 
@@ -133,8 +126,8 @@ def t5_relative_bias(
 
     weight: ``[num_buckets, H]``. query_positions: int64 ``[B, T]``. key_positions: int64 ``[B, S]``, or None for keys
     at 0 .. S-1 in every row. key_length: S. Returns ``[B, H, T, S]`` of the dtype of weight; a key after its query
-    counts as distance 0. With key_positions None, the ONNX function takes consecutive query positions that all rows
-    share, or T = 1; it then returns ``[1, H, T, S]`` where the rows share them.
+    counts as distance 0. With key_positions None, the ONNX function takes T = 1, or query positions that all rows
+    share; for these it returns ``[1, H, T, S]``. For T = B = 1 the query is the last key.
     """
     buckets = bucket_of_distance(weight.shape[0], max_distance).to(weight.device)
     if key_positions is None:

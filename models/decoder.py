@@ -143,7 +143,9 @@ class Decoder(nn.Module):
     def _draw_weights(self) -> None:
         """Unit-variance queries, keys and residual branches; the same numbers on every machine for a seed."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        branches = 2 * self.config.num_hidden_layers
+        branch = (2 * self.config.num_hidden_layers) ** -0.5
+        gains = {"q_proj.weight": 1.5, "k_proj.weight": 1.5, "head.weight": 3.0}
+        gains |= {"o_proj.weight": branch, "down_proj.weight": branch}
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -151,9 +153,7 @@ class Decoder(nn.Module):
             elif name.startswith(("embedding", "encoding")):
                 nn.init.normal_(parameter, 0.0, 1.0, generator=generator)
             else:
-                gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                gain = branches**-0.5 if into_residual else gain
+                gain = next((g for end, g in gains.items() if name.endswith(end)), 1.0)
                 nn.init.normal_(parameter, 0.0, gain * parameter.shape[1] ** -0.5, generator=generator)
         with torch.no_grad():  # a tied head would otherwise give logits of std sqrt(C)
             if self.config.tie_word_embeddings:

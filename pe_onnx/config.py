@@ -47,7 +47,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     parallel_residual: bool = False
     """Attention and MLP read the same input and are added together (GPT-J, GPT-NeoX)."""
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = False
+    """The head is the embedding. With random weights a tied decoder repeats its last token: it is nearest to itself."""
     embedding_scale: float = 1.0
     """The token embedding is multiplied by this before a positional vector is added."""
     score_scale: float | None = None

@@ -296,7 +296,7 @@ class TextStream:
         self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stops:
             raise ConfigError("stop = '': accepted is a string of one character or more")
-        self._window = list(prompt[-_MAX_HELD_TOKENS:])
+        self._window = [t for t in prompt[-_MAX_HELD_TOKENS:] if not tokenizer.is_silent(t)]
         self._read = len(self._window)  # tokens at the window's start whose text is out
         self._tail = ""  # decoded, but it may begin a stop string
         self._pieces: list[str] = []

@@ -170,7 +170,9 @@ def test_wrong_rotation_pairing_fails(tmp_path: Path) -> None:
     def pair_wrongly(patch: pytest.MonkeyPatch) -> None:
         original = Rope.__init__
 
-        def init(self: Rope, config: DecoderConfig, *, theta: float = 1e4, interleaved: bool = False, rotary_dim: int = 0):
+        def init(
+            self: Rope, config: DecoderConfig, *, theta: float = 1e4, interleaved: bool = False, rotary_dim: int = 0
+        ):
             original(self, config, theta=theta, interleaved=not interleaved, rotary_dim=rotary_dim)
 
         patch.setattr(Rope, "__init__", init)

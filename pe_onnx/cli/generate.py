@@ -105,6 +105,9 @@ def command(
     if as_json:
         timing = model.timing
         print_json({"generations": [vars(r) for r in results], "timing": vars(timing)})
+    elif model.bundle.manifest["tokenizer"] is None:
+        for result in results:
+            click.echo(",".join(map(str, result.tokens)))
     elif streaming:
         click.echo()
     else:

@@ -1,0 +1,420 @@
+"""Each encoding's numbers against its paper's formula in float64, its parameters, and registration by file."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.t5.modeling_t5 import T5Attention
+
+import pe_onnx
+from pe_onnx import discovery
+from pe_onnx.config import DecoderConfig
+from pe_onnx.custom_ops import operators
+from pe_onnx.encoding import PositionalEncoding, build_encoding, declared_parameters
+from pe_onnx.encodings.alibi import slopes
+from pe_onnx.errors import ConfigError
+
+ENCODINGS = discovery.names("encodings")
+FAR = torch.tensor([[0, 1, 2, 63, 1000, 2047, 65_536, 99_991, 131_071, 1_000_000]])
+HOOKS = {"embed": {"embed"}, "rotate": {"tables", "rotate"}, "bias": {"bias"}, "none": set()}
+
+
+def encoding(name: str, config: dict[str, Any] | None = None, **parameters: Any) -> PositionalEncoding:
+    """With its weights, if it has any, drawn."""
+    made = build_encoding(DecoderConfig(encoding=name, encoding_parameters=parameters, **(config or {})))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_an_encoding_is_one_hook_one_operator_and_a_docstring(name: str) -> None:
+    made = encoding(name)
+    overridden = {hook for hooks in HOOKS.values() for hook in hooks if hook in vars(type(made))}
+    assert overridden == HOOKS[made.hook]
+    assert made.operator in {"", *(f"pe_onnx::{o.title().replace('_', '')}" for o in operators())}
+    assert discovery.summary("encodings", name).endswith(".")
+    assert made.parameters_used == declared_parameters(type(made))
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500.0])
+@pytest.mark.parametrize("C", [2, 34, 64])
+def test_sinusoidal_is_the_matrix_of_the_paper(C: int, theta: float) -> None:
+    config = {"hidden_size": C, "num_attention_heads": 1}
+    got = encoding("sinusoidal", config, theta=theta).embed(FAR)
+    assert got.shape == (1, FAR.shape[1], C)
+    assert got.dtype == torch.float32
+    want = np.zeros(got.shape)
+    for n, t in enumerate(FAR[0].tolist()):
+        for i in range(C // 2):
+            want[0, n, 2 * i] = math.sin(t / theta ** (2 * i / C))
+            want[0, n, 2 * i + 1] = math.cos(t / theta ** (2 * i / C))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    if C > 2:  # sines first and cosines after them, as tensor2tensor has it, is another matrix
+        halves = np.concatenate([want[..., ::2], want[..., 1::2]], -1)
+        assert np.abs(got.numpy() - halves).max() > 0.1
+
+
+def rope_truth(theta: float, R: int) -> tuple[np.ndarray, np.ndarray]:
+    angle = np.array([[t * theta ** (-2 * i / R) for i in range(R // 2)] for t in FAR[0].tolist()])[None]
+    return np.cos(angle), np.sin(angle)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0, 100.0])
+@pytest.mark.parametrize("R", [0, 6, 128])
+def test_rope_is_exact_up_to_a_million_tokens(theta: float, R: int) -> None:
+    config = {"hidden_size": 128, "num_attention_heads": 1}
+    tables = encoding("rope", config, theta=theta, rotary_dim=R).tables(FAR)
+    for got, want in zip(tables, rope_truth(theta, R or 128), strict=True):
+        assert got.dtype == torch.float32
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_float32_angle_would_fail() -> None:
+    """The twin of the test before: transformers' own tables are float32, and off far from the start."""
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}
+    )
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), FAR)[0][..., :64]
+    ours, _ = encoding("rope", {"hidden_size": 128, "num_attention_heads": 1}).tables(FAR)
+    want, _ = rope_truth(10_000.0, 128)
+    assert np.abs(theirs.numpy() - want).max() > 1e-3
+    near = slice(0, 4)  # where float32 is good enough the two are one
+    torch.testing.assert_close(ours[:, near], theirs[:, near], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rope", "sinusoidal"])
+def test_the_exported_angles_are_exact_too(name: str, tmp_path: Path) -> None:
+    class Angles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoding = encoding(name)
+
+        def forward(self, positions: torch.Tensor) -> Any:
+            return self.encoding.tables(positions) if name == "rope" else (self.encoding.embed(positions),)
+
+    program = torch.onnx.export(
+        Angles().half().eval(),
+        (torch.arange(6).view(2, 3),),
+        dynamo=True,
+        opset_version=23,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(tmp_path / "angles.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "angles.onnx", providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {session.get_inputs()[0].name: FAR.numpy()})
+    size = 16 if name == "rope" else 64
+    cos, sin = rope_truth(10_000.0, size)
+    wants = (cos, sin) if name == "rope" else (np.stack([sin, cos], -1).reshape(*sin.shape[:2], -1),)
+    for got, want in zip(outputs, wants, strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [2, 6, 16])
+def test_partial_rotary_leaves_the_rest_untouched(rotary_dim: int, interleaved: bool) -> None:
+    made = encoding("rope", rotary_dim=rotary_dim, interleaved=interleaved)
+    x = torch.randn(2, 17, 4 * 16, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(1, 18).repeat(2, 1)
+    got = made.rotate(x, made.tables(positions), 4).unflatten(-1, (4, 16))
+    given = x.unflatten(-1, (4, 16))
+    torch.testing.assert_close(got[..., rotary_dim:], given[..., rotary_dim:], rtol=0, atol=0)
+    for i in range(rotary_dim // 2):  # as a product of complex numbers
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + rotary_dim // 2)
+        turn = torch.polar(torch.ones(17).double(), positions[0].double() * 10_000.0 ** (-2 * i / rotary_dim))
+        want = torch.complex(given[..., a], given[..., b]) * turn[None, :, None]
+        torch.testing.assert_close(torch.complex(got[..., a], got[..., b]).to(want.dtype), want, rtol=0, atol=1e-5)
+
+
+def test_rope_scores_depend_on_the_distance_alone() -> None:
+    made = encoding("rope")
+    q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 1, 17, 16)
+
+    def scores(start: int) -> torch.Tensor:
+        tables = made.tables(start + torch.arange(17)[None])
+        return made.rotate(q, tables, 1)[0] @ made.rotate(k, tables, 1)[0].T
+
+    torch.testing.assert_close(scores(0), scores(12_345), rtol=0, atol=1e-4)
+    assert (scores(0)[:, 0] - scores(0)[:, 1]).abs().max() > 0.1
+
+
+def slopes_by_the_authors_rule(heads: int) -> list[float]:
+    """A geometric sequence from 2^(-8/n) with that ratio; for other counts filled up with every other one of 2n."""
+    n = 1
+    while 2 * n <= heads:
+        n *= 2
+    ratio = 2 ** (-8 / n)
+    sequence = [ratio ** (h + 1) for h in range(n)]
+    finer = [math.sqrt(ratio) ** (h + 1) for h in range(2 * n)]
+    return sequence + finer[0::2][: heads - n]
+
+
+@pytest.mark.parametrize("heads", range(1, 41))
+def test_alibi_slopes_are_the_authors(heads: int) -> None:
+    got = slopes(heads)
+    assert got.dtype == torch.float64
+    np.testing.assert_allclose(got, slopes_by_the_authors_rule(heads), rtol=1e-14)
+    assert len(set(got.tolist())) == heads
+    bloom = build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64), heads, torch.float32)[:, 0, 1]
+    np.testing.assert_allclose(got.float(), bloom, rtol=2e-6)  # float32 powers
+
+
+def test_alibi_slopes_by_hand() -> None:
+    assert slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    assert slopes(3).tolist() == [2.0**-4, 2.0**-8, 2.0**-2]
+
+
+def test_alibi_penalises_the_distance() -> None:
+    made = encoding("alibi", {"hidden_size": 48, "num_attention_heads": 3})
+    queries, keys = torch.tensor([[1, 2], [70_000, 70_001]]), torch.arange(5)[None]
+    got = made.bias(queries, keys, 5)
+    assert got.shape == (2, 3, 2, 5)
+    for b, h, i, j in np.ndindex(*got.shape):
+        want = -slopes_by_the_authors_rule(3)[h] * (int(queries[b, i]) - j)
+        assert float(got[b, h, i, j]) == pytest.approx(want, rel=1e-6)
+    torch.testing.assert_close(made.bias(queries, None, 5), got, rtol=0, atol=0)
+
+
+def test_learned_positions_are_the_rows_of_the_table() -> None:
+    made = encoding("learned", {"max_position_embeddings": 63})
+    table = made.state_dict()["table.weight"]
+    assert table.shape == (63, 64)
+    positions = torch.tensor([[0, 62, 17], [3, 2, 1]])
+    got = made.embed(positions)
+    for b, t in np.ndindex(2, 3):
+        torch.testing.assert_close(got[b, t], table[positions[b, t]], rtol=0, atol=0)
+    assert made.max_length == 63
+
+
+@pytest.mark.parametrize(("n", "m"), [(32, 128), (7, 40)])
+def test_t5_bias_is_the_weight_of_the_bucket(n: int, m: int) -> None:
+    made = encoding("t5_bias", num_buckets=n, max_distance=m)
+    (weight,) = made.parameters()
+    assert weight.shape == (n, 4)
+    queries, keys = torch.tensor([[5, 6], [1000, 40]]), torch.arange(63)[None].repeat(2, 1)
+    bucket = T5Attention._relative_position_bucket(keys[:, None] - queries[:, :, None], False, n, m)
+    want = weight[bucket].permute(0, 3, 1, 2)
+    torch.testing.assert_close(made.bias(queries, keys, 63), want, rtol=0, atol=0)
+    torch.testing.assert_close(made.bias(queries, None, 63), want, rtol=0, atol=0)
+
+
+def test_only_a_learned_table_limits_the_length() -> None:
+    assert {name for name in ENCODINGS if encoding(name).max_length is not None} == {"learned"}
+
+
+def test_none_has_no_hook() -> None:
+    made = encoding("none")
+    for call in (made.embed, made.tables):
+        with pytest.raises(NotImplementedError):
+            call(FAR)
+    assert not list(made.parameters())
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("rope", lambda made: torch.cat(made.tables(FAR))),
+        ("sinusoidal", lambda made: made.embed(FAR)),
+        ("alibi", lambda made: made.bias(FAR, None, 63)),
+    ],
+)
+def test_a_half_precision_model_keeps_exact_constants(name: str, numbers: Any, cast: str) -> None:
+    made = encoding(name, {"hidden_size": 48, "num_attention_heads": 3})
+    before = numbers(made)
+    halved = getattr(nn.Sequential(copy.deepcopy(made)), cast)()[0]
+    torch.testing.assert_close(numbers(halved), before, rtol=0, atol=0)
+    assert numbers(halved).dtype == torch.float32
+    assert not made.state_dict()  # nor are they weights that a checkpoint would have to hold
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("rope", {"thetta": 1.0}, r"encoding 'rope': unknown parameter 'thetta'; did you mean 'theta'\?.*theta, inter"),
+    ("rope", {"num_buckets": 8}, r"unknown parameter 'num_buckets' \(takes theta, interleaved, rotary_dim\)"),
+    ("none", {"theta": 1.0}, r"encoding 'none': unknown parameter 'theta' \(takes no parameters\)"),
+    ("alibi", {"slope": 1}, r"encoding 'alibi': unknown parameter 'slope' \(takes no parameters\)"),
+    ("t5_bias", {"max_distanze": 9}, r"unknown parameter 'max_distanze'; did you mean 'max_distance'\?"),
+    ("rope", {"theta": "big"}, r"theta = 'big' must be of type float"),
+    ("rope", {"theta": None}, r"theta = None must be of type float"),
+    ("rope", {"theta": [1.0]}, r"theta = \[1.0\] must be of type float"),
+    ("rope", {"theta": 0}, r"theta = 0.0 must be positive"),
+    ("rope", {"theta": -1e4}, r"theta = -10000.0 must be positive"),
+    ("rope", {"theta": "nan"}, r"theta = '?nan"),
+    ("rope", {"theta": float("inf")}, r"theta = inf"),
+    ("rope", {"rotary_dim": 2.5}, r"rotary_dim = 2.5 must be of type int"),
+    ("rope", {"rotary_dim": "wide"}, r"rotary_dim = 'wide' must be of type int"),
+    ("rope", {"rotary_dim": "inf"}, r"rotary_dim = 'inf' must be of type int"),
+    ("rope", {"rotary_dim": 7}, r"rotary size = 7 must be even and at most the head size = 16"),
+    ("rope", {"rotary_dim": 18}, r"rotary size = 18 must be even and at most the head size = 16"),
+    ("rope", {"rotary_dim": -2}, r"rotary size = -2"),
+    ("rope", {"interleaved": "perhaps"}, r"interleaved = 'perhaps' must be of type bool"),
+    ("rope", {"interleaved": 3}, r"interleaved = 3 must be of type bool"),
+    ("rope", {"interleaved": None}, r"interleaved = None must be of type bool"),
+    ("sinusoidal", {"theta": -1}, r"sinusoidal: .*theta = -1.0 positive"),
+    ("sinusoidal", {"theta": float("nan")}, r"theta = nan"),
+    ("t5_bias", {"num_buckets": 1}, r"num_buckets = 1 must be at least 2"),
+    ("t5_bias", {"num_buckets": 32, "max_distance": 16}, r"max_distance = 16 greater than half"),
+    ("t5_bias", {"num_buckets": "many"}, r"num_buckets = 'many' must be of type int"),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "message"), WRONG, ids=[f"{name}-{given}" for name, given, _ in WRONG])
+def test_a_wrong_parameter_is_named(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        encoding(name, **parameters)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "taken"),
+    [
+        ("rope", {"theta": "500000"}, {"theta": 500_000.0, "interleaved": False, "rotary_dim": 0}),
+        ("rope", {"interleaved": "True", "rotary_dim": "8"}, {"theta": 1e4, "interleaved": True, "rotary_dim": 8}),
+        ("rope", {"interleaved": "false", "rotary_dim": 8.0}, {"theta": 1e4, "interleaved": False, "rotary_dim": 8}),
+        ("t5_bias", {"num_buckets": "1e1"}, {"num_buckets": 10, "max_distance": 128}),
+    ],
+)
+def test_parameters_take_the_type_of_their_default(name: str, given: dict[str, Any], taken: dict[str, Any]) -> None:
+    used = encoding(name, **given).parameters_used
+    assert used == taken
+    assert {key: type(value) for key, value in used.items()} == {key: type(value) for key, value in taken.items()}
+
+
+def test_a_parameter_changes_the_numbers() -> None:
+    base = encoding("rope")
+    assert (encoding("rope", theta=20_000.0).tables(FAR)[0] - base.tables(FAR)[0]).abs().max() > 0.1
+    assert encoding("rope", rotary_dim=8).tables(FAR)[0].shape[-1] == 4
+    x = torch.randn(1, FAR.shape[1], 64, generator=torch.Generator().manual_seed(0))
+    turned = [encoding("rope", interleaved=i).rotate(x, base.tables(FAR), 4) for i in (False, True)]
+    assert (turned[0] - turned[1]).abs().max() > 0.1
+
+
+def test_an_odd_size_is_refused_where_pairs_are_needed() -> None:
+    with pytest.raises(ConfigError, match="rotary size = 15 must be even"):
+        encoding("rope", {"hidden_size": 60, "num_attention_heads": 4})
+    with pytest.raises(ConfigError, match="hidden_size = 63 must be even"):
+        encoding("sinusoidal", {"hidden_size": 63, "num_attention_heads": 3})
+    encoding("rope", {"hidden_size": 60, "num_attention_heads": 4}, rotary_dim=14)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("ropee", "rope"), ("alibbi", "alibi"), ("sinusoid", "sinusoidal"), ("t5-bias", "t5_bias")]
+)
+def test_an_unknown_encoding_gives_the_nearest_name(wrong: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown encoding '{wrong}'; did you mean '{nearest}'") as caught:
+        encoding(wrong)
+    assert all(name in str(caught.value) for name in ENCODINGS)
+
+
+@pytest.mark.parametrize("wrong", ["", "__init__", "../encodings/rope", "rope.py", "zzz"])
+def test_what_is_no_registered_name_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="unknown encoding"):
+        encoding(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ the file registers it
+
+NEW_FILE = '''"""Kerple, the logarithmic kind: a penalty that grows with the logarithm of the distance.
+
+Chi et al. 2022.
+"""
+
+import torch
+
+from pe_onnx.encoding import PositionalEncoding
+
+
+class Kerple(PositionalEncoding):
+    """weight: its strength."""
+
+    hook = "bias"
+
+    def __init__(self, config, *, weight: float = 2.0):
+        super().__init__(config)
+        self.weight = weight
+
+    def bias(self, query_positions, key_positions, key_length):
+        distance = (query_positions[:, :, None] - key_positions[:, None]).clamp(min=0)
+        return -self.weight * torch.log1p(distance.float())[:, None]
+'''
+
+USE = """
+import sys
+from pe_onnx import discovery, encoding
+assert discovery.__file__.startswith(sys.argv[1]), discovery.__file__
+print(" ".join(discovery.names("encodings")))
+print(discovery.summary("encodings", "kerple_log"))
+import torch
+from pe_onnx.config import DecoderConfig
+from pe_onnx.models.attention import PlainStep
+from pe_onnx.models.decoder import Decoder
+decoder = Decoder(DecoderConfig(encoding="kerple_log", encoding_parameters={"weight": "3"}))
+print(decoder.encoding.parameters_used)
+ids = torch.tensor([[1, 2, 3, 4, 5]])
+with torch.no_grad():
+    logits = decoder(ids, torch.arange(5)[None], PlainStep(torch.ones_like(ids)))
+    decoder.encoding.weight = 0.0
+    other = decoder(ids, torch.arange(5)[None], PlainStep(torch.ones_like(ids)))
+print(bool((logits - other).abs().max() > 0.01 * (logits.max() - logits.min())))
+"""
+
+
+def test_a_new_file_is_a_new_encoding(tmp_path: Path) -> None:
+    """In a copy of the package, with no other edit: it is listed, built with its parameter, and used."""
+    home = Path(inspect.getfile(pe_onnx)).parent
+    shutil.copytree(home, tmp_path / "pe_onnx", ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "pe_onnx" / "encodings"
+    (folder / "kerple_log.py").write_text(NEW_FILE)
+    (folder / "_shared.py").write_text("raise RuntimeError('a file with an underscore is not registered')\n")
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        " ".join(sorted([*ENCODINGS, "kerple_log"])),
+        "Kerple, the logarithmic kind: a penalty that grows with the logarithm of the distance.",
+        "{'weight': 3.0}",
+        "True",
+    ]
+
+
+def test_names_follow_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "encodings").mkdir()
+    for name in ("b_second.py", "a_first.py", "__init__.py", "_private.py", "notes.txt"):
+        (tmp_path / "encodings" / name).write_text("'''Words.\n\nMore.'''\n")
+    monkeypatch.setattr(discovery, "ROOT", tmp_path)
+    assert discovery.names("encodings") == ["a_first", "b_second"]
+    assert discovery.summary("encodings", "a_first") == "Words."
+    with pytest.raises(ConfigError, match=r"'rope' \(known: a_first, b_second\)"):
+        discovery.load("encodings", "rope")

@@ -1,0 +1,52 @@
+"""The README's examples run as they stand, and its table of encodings is the registered one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from pe_onnx import discovery
+
+README = Path(__file__).parent.parent / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_run(number: int, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(EXAMPLES[number])
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if number == 1:
+        model = onnx.load(tmp_path / "scores.onnx")
+        assert [(f.domain, f.name) for f in model.functions] == [("pe_onnx", "AlibiBias")]
+    else:
+        assert len(done.stdout.split()) > 0
+
+
+def test_there_are_three_examples() -> None:
+    assert len(EXAMPLES) == 3
+
+
+def test_the_table_lists_what_is_registered() -> None:
+    section = README.read_text("utf-8").split("## Encodings")[1].split("##")[0]
+    rows = re.findall(r"^\| `(\w+)` \|(.*?)\|", section, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == discovery.names("encodings")
+
+
+def test_the_table_lists_every_parameter() -> None:
+    from pe_onnx.encoding import PositionalEncoding, declared_parameters
+
+    section = README.read_text("utf-8").split("## Encodings")[1].split("##")[0]
+    for name, cell in re.findall(r"^\| `(\w+)` \|(.*?)\|", section, re.MULTILINE):
+        module = discovery.load("encodings", name)
+        cls = next(
+            x
+            for x in vars(module).values()
+            if isinstance(x, type) and issubclass(x, PositionalEncoding) and x.__module__ == module.__name__
+        )
+        assert re.findall(r"`(\w+)`", cell) == list(declared_parameters(cls))
