@@ -41,8 +41,10 @@ def prefill_peak(folder: str, tokens: int) -> int:
 def decode_growth(folder: str, tokens: int, steps: int) -> tuple[int, int]:
     """Bytes by which the peak grows over ``steps`` decode steps in a touched cache, and the cache's bytes."""
     import pe_onnx
+    from pe_onnx.kv_cache import InPlaceCache
 
     cache = pe_onnx.load(folder).cache(1, tokens)
+    assert isinstance(cache, InPlaceCache)
     cache.reserve(tokens)
     for buffer in cache.buffers:
         buffer.host[...] = 0.5

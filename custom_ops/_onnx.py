@@ -40,7 +40,7 @@ def keep_functions() -> None:
         if not (isinstance(graph_or_function, onnx_ir.Function) and graph_or_function.domain == DOMAIN):
             visit(self, graph_or_function)
 
-    InlinePass.__init__ = init
+    InlinePass.__init__ = init  # type: ignore[method-assign]
     _version_converter._VersionConverter.visit_graph_or_function = visit_others
 
 

@@ -34,7 +34,7 @@ class Operator:
                 filled[i] = tensor
             return self.formula(*filled)
 
-        _, pull_back = torch.func.vjp(outputs, *(args[i] for i in wanted))
+        pull_back = torch.func.vjp(outputs, *(args[i] for i in wanted))[1]
         result: list[Any] = [None] * len(args)
         for i, gradient in zip(wanted, pull_back(gradients if len(gradients) > 1 else gradients[0]), strict=True):
             result[i] = gradient

@@ -26,7 +26,7 @@ def AlibiBias(slopes: FLOAT, query_positions: INT64, key_positions: INT64) -> FL
     return opset23.CastLike(per_head * (keys - queries), slopes)  # [H, 1, 1] * [B, 1, T, S]
 
 
-def _translate(slopes, query_positions, key_positions):  # type: ignore[no-untyped-def]
+def _translate(slopes, query_positions, key_positions):
     return AlibiBias(slopes, query_positions, key_positions)
 
 

@@ -93,7 +93,7 @@ def _translate(
     scale,
     softcap=0.0,
     window=-1,
-):  # type: ignore[no-untyped-def]
+):
     return CachedAttention(
         query,
         key,

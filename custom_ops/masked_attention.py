@@ -61,7 +61,7 @@ def MaskedAttention(
     return output, present_key, present_value
 
 
-def _translate(query, key, value, past_key, past_value, mask, num_heads, kv_heads, scale, softcap=0.0):  # type: ignore[no-untyped-def]
+def _translate(query, key, value, past_key, past_value, mask, num_heads, kv_heads, scale, softcap=0.0):
     return MaskedAttention(
         query,
         key,

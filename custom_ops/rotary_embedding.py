@@ -8,6 +8,8 @@ Su et al. 2021, RoFormer, equation 34; the two pairings as in ONNX RotaryEmbeddi
 for i < R/2. Channels from R on pass unrotated (partial rotary, GPT-NeoX).
 """
 
+from typing import Any
+
 import torch
 from onnxscript import FLOAT, opset23, script
 
@@ -30,7 +32,7 @@ def RotaryEmbedding(x: FLOAT, cos: FLOAT, sin: FLOAT, num_heads: int, interleave
     )
 
 
-def _rotary_embedding_float32() -> object:
+def _rotary_embedding_float32() -> Any:
     """The same for a half-precision x: rotated in float32 by float32 cos and sin, and rounded once."""
 
     @script(PE_ONNX, default_opset=opset23)
@@ -51,7 +53,7 @@ def _rotary_embedding_float32() -> object:
 RotaryEmbeddingFloat32 = _rotary_embedding_float32()
 
 
-def _translate(x, cos, sin, num_heads: int = 0, interleaved: bool = False):  # type: ignore[no-untyped-def]
+def _translate(x, cos, sin, num_heads: int = 0, interleaved: bool = False):
     function = RotaryEmbedding if x.dtype == cos.dtype else RotaryEmbeddingFloat32
     return function(x, cos, sin, num_heads=num_heads, interleaved=int(interleaved), rotary_dim=2 * int(cos.shape[-1]))
 

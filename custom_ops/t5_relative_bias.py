@@ -9,6 +9,7 @@ Raffel et al. 2020, section 2.1; buckets as transformers 5 `T5Attention._relativ
 """
 
 import math
+from typing import Any
 
 import torch
 from onnxscript import FLOAT, INT64, opset23, script
@@ -47,7 +48,7 @@ def _fake(
     return weight.new_empty(B, H, T, key_length)
 
 
-def _general() -> object:
+def _general() -> Any:
     """Any positions: one gather for each pair of query and key."""
 
     @script(PE_ONNX, default_opset=opset23)
@@ -64,7 +65,7 @@ def _general() -> object:
     return T5RelativeBias
 
 
-def _compact() -> object:
+def _compact() -> Any:
     """Keys at 0, 1, 2, ...: for a step of one row a slice of the per-distance vector, otherwise one gather."""
 
     @script(PE_ONNX, default_opset=opset23)
@@ -106,7 +107,7 @@ T5RelativeBiasGeneral = _general()
 T5RelativeBiasCompact = _compact()
 
 
-def _translate(weight, query_positions, key_positions, key_length, max_distance: int = 128):  # type: ignore[no-untyped-def]
+def _translate(weight, query_positions, key_positions, key_length, max_distance: int = 128):
     buckets = bucket_of_distance(int(weight.shape[0]), max_distance)
     constant = opset23.Constant(value_ints=buckets.tolist())
     if key_positions is None:

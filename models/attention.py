@@ -199,7 +199,7 @@ class PlainStep:
         return _take(hidden, (self.valid.long() * torch.arange(self.key_length)).amax(1))
 
 
-STEPS = {"ort": CompactStep, "portable": MaskedStep}
+STEPS: dict[str, type[CompactStep] | type[MaskedStep]] = {"ort": CompactStep, "portable": MaskedStep}
 
 
 def cached_step(

@@ -7,6 +7,8 @@ same order, where the usual std of 0.02 would leave softmax uniform and hide a w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ from pe_onnx.config import DecoderConfig
 from pe_onnx.encoding import PositionalEncoding, Tables, build_encoding
 from pe_onnx.models.attention import Step
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -156,5 +158,5 @@ class Decoder(nn.Module):
                 gain = next((g for end, g in gains.items() if name.endswith(end)), 1.0)
                 nn.init.normal_(parameter, 0.0, gain * parameter.shape[1] ** -0.5, generator=generator)
         with torch.no_grad():  # a tied head would otherwise give logits of std sqrt(C)
-            if self.config.tie_word_embeddings:
+            if self.config.tie_word_embeddings and isinstance(self.norm.weight, torch.Tensor):
                 self.norm.weight.mul_(3.0 * self.config.hidden_size**-0.5)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from pe_onnx import __version__, contract
-from pe_onnx.bundle import MODEL, WEIGHTS, Bundle, check_output, read_bundle, write_bundle
+from pe_onnx.bundle import MODEL, WEIGHTS, Bundle, check_output, read_bundle, sha256, write_bundle
 from pe_onnx.config import DecoderConfig
 from pe_onnx.errors import ConfigError, ExportError, MissingDependencyError, PeOnnxError, did_you_mean
 
 try:
+    import onnx
     import onnx_ir as ir
     import torch
     from onnxscript import optimizer
@@ -74,13 +75,14 @@ def export(
     ``source`` that follows the graph contract, ``module(input_ids, attention_mask, position_ids, past_key_values)``
     to logits and presents, with its ``layers``, ``kv_heads`` and ``head_size``.
 
-    target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target).
+    target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target; a
+    module's are what it gives).
     Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished; then
     nothing is written.
     """
     one_of("target", target, contract.TARGETS)
     one_of("dtype", dtype, contract.DTYPES)
-    logits = logits or contract.DEFAULT_LOGITS[target]
+    given_logits, logits = logits, logits or contract.DEFAULT_LOGITS[target]
     one_of("logits", logits, contract.LOGITS)
     check_output(Path(output), force)
     if isinstance(source, str | Path):
@@ -108,9 +110,12 @@ def export(
             exportable = from_checkpoint(Path(model), cast(contract.Target, target), last_only)
         else:
             assert source is not None
-            exportable = _from_module(source, layers, kv_heads, head_size)
+            exportable, found = _from_module(source, layers, kv_heads, head_size)
+            if given_logits not in (None, found):
+                raise ConfigError(f"logits = {given_logits!r}, and the module gives the logits of {found}")
+            logits = found
         if dtype == "fp16":
-            exportable.module.half()
+            _halve(exportable.module)
         onnx_model = to_onnx(exportable, target, dtype, logits, progress)
         return _write(onnx_model, exportable, Path(output), target, dtype, logits, force, progress)
 
@@ -156,6 +161,7 @@ def to_onnx(
             raise cause from error
         first_line = str(cause).strip().split("\n", 1)[0]
         raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}; -v shows everything") from error
+    assert onnx_program is not None
     model = cast(ir.Model, onnx_program.model)
     progress("optimize")
     TransposedWeights()(model)
@@ -195,6 +201,8 @@ def _write(
     with write_bundle(output, manifest, force) as folder:
         embedded = manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES
         ir.save(model, folder / MODEL, external_data=None if embedded else WEIGHTS)
+        if not embedded:
+            _add_metadata(folder / MODEL, "pe_onnx.weights_sha256", sha256(folder / WEIGHTS))
         for name, values in (
             ("config", exportable.config),
             ("generation_config", exportable.generation_config),
@@ -202,6 +210,13 @@ def _write(
             (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         exportable.write_assets(folder)
     return read_bundle(output, verify=False)
+
+
+def _add_metadata(path: Path, key: str, value: str) -> None:
+    """To a model whose weights stand in another file, which is not touched."""
+    proto = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(proto, {**{p.key: p.value for p in proto.metadata_props}, key: value})
+    path.write_bytes(proto.SerializeToString())
 
 
 def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
@@ -241,8 +256,17 @@ def _tool_versions() -> dict[str, str]:
     return versions
 
 
-def _from_module(module: nn.Module, layers: int | None, kv_heads: int | None, head_size: int | None) -> Exportable:
-    """A module of the user's own; the vocabulary is read off its logits."""
+def _halve(module: nn.Module) -> None:
+    """Weights to float16, one at a time; buffers keep their precision (inverse frequencies would be ruined)."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.half()
+
+
+def _from_module(
+    module: nn.Module, layers: int | None, kv_heads: int | None, head_size: int | None
+) -> tuple[Exportable, str]:
+    """A module of the user's own; the vocabulary, and whether it gives all logits, are read off a run."""
     sizes = {"layers": layers, "kv_heads": kv_heads, "head_size": head_size}
     missing = [name for name, value in sizes.items() if not value]
     if missing or layers is None or kv_heads is None or head_size is None:
@@ -250,13 +274,13 @@ def _from_module(module: nn.Module, layers: int | None, kv_heads: int | None, he
     module = module.eval()
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     past = [(torch.zeros(1, kv_heads, 0, head_size, dtype=dtype),) * 2 for _ in range(layers)]
-    one = torch.ones(1, 1, dtype=torch.int64)
+    mask = torch.ones(1, 2, dtype=torch.int64)
     with torch.no_grad():
-        logits, presents = module(one * 0, one, one * 0, past)
+        logits, presents = module(mask * 0, mask, torch.arange(2)[None], past)
     if len(presents) != layers:
         raise ConfigError(f"layers = {layers}, and the module returns {len(presents)} caches")
     name = type(module).__qualname__
-    return Exportable(
+    exportable = Exportable(
         module=module,
         layers=layers,
         kv_heads=kv_heads,
@@ -267,6 +291,7 @@ def _from_module(module: nn.Module, layers: int | None, kv_heads: int | None, he
         source={"kind": "module", "class": f"{type(module).__module__}.{name}"},
         config={"model_type": "pe_onnx", "architectures": [name], "vocab_size": logits.shape[-1]},
     )
+    return exportable, "all" if logits.shape[1] == 2 else "last"
 
 
 @contextlib.contextmanager

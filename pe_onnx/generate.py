@@ -79,7 +79,7 @@ class Model:
         return make_cache(self.session, batch_size, max_length, chunk_tokens)
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
         self,
         prompt: str | Sequence[int],
         max_new_tokens: int = ...,

@@ -86,6 +86,9 @@ class KVCache(ABC):
         self.lengths += moving
         return logits
 
+    def reserve(self, tokens: int) -> None:  # noqa: B027
+        """Make room for ``tokens`` a row ahead of time, where the cache is preallocated."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:

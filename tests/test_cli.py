@@ -347,9 +347,7 @@ def test_the_first_mistakes_in_a_process_of_their_own(cli: Cli, tmp_path: Path) 
         (["CUDAExecutionProvider", "CPUExecutionProvider"], ["NVIDIA driver"]),
     ],
 )
-def test_cuda_that_cannot_be_had_says_what_is_missing(
-    providers: list[str], words: list[str], bundles: Bundles
-) -> None:
+def test_cuda_that_cannot_be_had_says_what_is_missing(providers: list[str], words: list[str], bundles: Bundles) -> None:
     """On any machine: what onnxruntime and the system report is put in its place. auto takes the CPU."""
     code = f"""
 import os, sys, onnxruntime
@@ -368,9 +366,7 @@ main()
 # parity
 
 
-def test_parity_whose_checkpoint_has_gone(
-    run: Callable[..., Result], places: dict[str, str], tmp_path: Path
-) -> None:
+def test_parity_whose_checkpoint_has_gone(run: Callable[..., Result], places: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(places["llama"], tmp_path / "checkpoint")
     assert run("export", "--model", "checkpoint", "-o", "b").returncode == 0
     passed = run("parity", "b", "--mode", "steps", "--length", 9)
@@ -402,6 +398,15 @@ def test_parity_in_json(run: Callable[..., Result], bundles: Bundles, tolerance:
     assert result.returncode == (0 if passed else 1)
 
 
+def test_parity_prints_whole_words(run: Callable[..., Result], bundles: Bundles) -> None:
+    """In the 80 columns of what is no terminal: the names of modes are what a user copies."""
+    result = run("parity", bundles("rope", "portable"), "--length", 9)
+    assert result.returncode == 0, result.stderr
+    assert "…" not in result.stdout
+    for word in ("interior_padding", "positions", "near-ties"):
+        assert word in result.stdout
+
+
 # Good use
 
 
@@ -419,7 +424,8 @@ def test_help(cli: Cli, option: str) -> None:
 def test_help_of_each_command(cli: Cli, name: str) -> None:
     result = cli(name, "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert discovery.summary("cli", name).rstrip(".") in " ".join(result.stdout.split())
+    assert f"{name} [OPTIONS]" in result.stdout
+    assert "--help" in result.stdout
 
 
 def test_export_says_what_it_made_on_stderr_only(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -478,13 +484,8 @@ def test_inspect_in_json(cli: Cli, bundles: Bundles) -> None:
     assert shown["encoding"] == json.loads((bundles("rope") / "manifest.json").read_text())["encoding"]
 
 
-def test_a_table_in_a_narrow_terminal_keeps_its_words(cli: Cli, bundles: Bundles) -> None:
-    """Names are what a user copies: they are folded, if at all, not cut."""
-    result = cli("inspect", bundles("rope"), env={**__import__("os").environ, "COLUMNS": "60"})
-    assert "…" not in result.stdout
-
-
-DRAW = ("--temperature", "1", "--seed", "5")
+DRAW = ("--temperature", "5", "--seed", "5")
+"""A tiny model is sure of itself: only heat makes it vary."""
 
 
 def test_generate_prints_the_text_on_stdout_and_the_speed_on_stderr(cli: Cli, bundles: Bundles) -> None:
@@ -503,7 +504,10 @@ def test_generate_streams(bundles: Bundles) -> None:
     command = [sys.executable, "-c", "from pe_onnx.cli import main; main()", "generate", str(bundles("rope")), "hello"]
     with ours, subprocess.Popen([*command, "-n", "20"], stdout=theirs, stderr=subprocess.PIPE) as process:
         theirs.close()
-        pieces = list(iter(lambda: ours.recv(65536), b""))
+        ours.settimeout(60)
+        pieces: list[bytes] = []
+        while not pieces or not pieces[-1].endswith(b"\n"):
+            pieces.append(ours.recv(65536))
         process.communicate()
     text = pe_onnx.load(bundles("rope")).generate("hello", 20).text
     assert b"".join(pieces).decode() == text + "\n"
@@ -536,20 +540,21 @@ def test_several_prompts_are_a_batch(cli: Cli, bundles: Bundles) -> None:
 
 
 def test_stop_ends_the_text_before_it(cli: Cli, bundles: Bundles) -> None:
-    text = cli("generate", bundles("rope"), "hello", "-n", 60, *DRAW).stdout.removesuffix("\n")
-    at = next(i for i in range(3, len(text)) if text[i : i + 2].isascii() and text[i : i + 2] not in text[:i])
-    result = cli("generate", bundles("rope"), "hello", "-n", 60, *DRAW, "--stop", text[at : at + 2])
-    assert result.stdout == text[:at] + "\n"
-    document = json.loads(
-        cli("generate", bundles("rope"), "hello", "-n", 60, *DRAW, "--stop", "~~~", "--stop", text[at], "--json").stdout
-    )
-    assert document["generations"][0]["finish_reason"] == "stop"
-    assert document["generations"][0]["text"] == text[: text.index(text[at])]
+    args = ("generate", bundles("rope"), "hello", "-n", 60, *DRAW, "--json")
+    text = json.loads(cli(*args).stdout)["generations"][0]["text"]
+    at = next(i for i in range(3, len(text) - 2) if re.fullmatch(r"\w\W", text[i : i + 2], re.ASCII))
+    stop = text[at : at + 2]
+    stopped = json.loads(cli(*args, "--stop", "not there", "--stop", stop).stdout)["generations"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == text[: text.index(stop)]
+    assert len(stopped["tokens"]) < 60
+    plain = cli(*args[:-1], "--stop", stop, stdin="")
+    assert plain.stdout == stopped["text"] + "\n"
 
 
 def test_a_seed_gives_the_same_text_again(cli: Cli, bundles: Bundles) -> None:
     texts = [
-        cli("generate", bundles("rope"), "hello", "-n", 32, "--temperature", 1, *seed).stdout
+        cli("generate", bundles("rope"), "hello", "-n", 32, "--temperature", 20, *seed).stdout
         for seed in (("--seed", 1), ("--seed", 1), ("--seed", 2), (), ())
     ]
     assert texts[0] == texts[1]

@@ -42,7 +42,8 @@ class ContractNames(ir.passes.InPlacePass):
         if len(actual) != len(shape):
             raise ExportError(f"{value.name} has shape {actual}, and the graph contract {list(shape)}")
         for have, want in zip(actual, shape, strict=True):
-            if isinstance(want, int) and isinstance(have, int) and have != want:
+            known = isinstance(have, int) or have.value is not None
+            if isinstance(want, int) and known and have != want:
                 raise ExportError(f"{value.name} has shape {actual}, and the graph contract {list(shape)}")
             if isinstance(want, str) and isinstance(have, int):
                 raise ExportError(f"{value.name}: {want} is fixed at {have}; the module's code ties it to a number")
