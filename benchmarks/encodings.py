@@ -1,9 +1,10 @@
 """Cost of each encoding: decode ms/token and prefill tokens/s against context, preset small, as ratios to `none`.
 
-Contestants are interleaved step by step, so that a slow moment of the machine falls on all of them, and medians are
-taken. Also measured: a decode step at 512 tokens in an 8192-token buffer against a 1024-token buffer.
+Contestants are interleaved step by step, so that a slow moment of the machine falls on all of them; sessions are made
+anew in each round, in another order, so that no contestant keeps a lucky place in memory; the median over rounds of the
+median over steps is given. Also measured: a decode step at 512 tokens in an 8192-token buffer against a 1024-token buffer.
 
-    python benchmarks/encodings.py [--contexts 128,1024,4096,8192] [--repeats 60] [-o benchmarks/encodings.json]
+    python benchmarks/encodings.py [--contexts 128,1024,4096,8192] [--rounds 5] [-o benchmarks/encodings.json]
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def median_ms(times: list[float]) -> float:
 def fill(cache: Any, tokens: int, rng: np.random.Generator) -> None:
     """Random keys and values in the first ``tokens`` slots: what a decode step costs does not depend on them."""
     cache.reserve(tokens + 1)
+    values = rng.standard_normal((tokens, cache.buffers[0].shape[3]), np.float32)
     for buffer in cache.buffers:
-        buffer.host[:, :, :tokens] = rng.standard_normal((*buffer.shape[:2], tokens, buffer.shape[3]), np.float32)
+        buffer.host[:, :, :tokens] = values
         buffer.upload()
     cache.lengths[:] = tokens
 
@@ -113,11 +115,12 @@ def table(title: str, figures: dict[int, dict[str, float]], digits: int, inverse
 @click.command()
 @click.option("--contexts", default="128,1024,4096,8192", show_default=True, help="Tokens of context.")
 @click.option("--preset", default="small", show_default=True)
-@click.option("--repeats", default=60, show_default=True, help="Decode steps of each contestant.")
+@click.option("--rounds", default=5, show_default=True, help="Times that all sessions are made anew.")
+@click.option("--repeats", default=40, show_default=True, help="Decode steps of each contestant in a round.")
 @click.option("--prefills", default=3, show_default=True, help="Prompts of each contestant.")
 @click.option("--threads", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
-def main(contexts: str, preset: str, repeats: int, prefills: int, threads: int, output: Path) -> None:
+def main(contexts: str, preset: str, rounds: int, repeats: int, prefills: int, threads: int, output: Path) -> None:
     """Measure the six encodings side by side."""
     import onnxruntime
 
@@ -125,21 +128,30 @@ def main(contexts: str, preset: str, repeats: int, prefills: int, threads: int, 
 
     sizes = [int(c) for c in contexts.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        models = {}
         for name in ENCODINGS:
             pe_onnx.export(encoding=name, preset=preset, output=Path(folder, name))
-            models[name] = pe_onnx.load(Path(folder, name), threads=threads)
-        decode, prefill = {}, {}
+        steps: dict[int, list[dict[str, float]]] = {context: [] for context in sizes}
+        for number in range(rounds):
+            order = ENCODINGS[number % len(ENCODINGS) :] + ENCODINGS[: number % len(ENCODINGS)]
+            models = {name: pe_onnx.load(Path(folder, name), threads=threads) for name in order}
+            for context in sizes:
+                click.echo(f"round {number + 1} of {rounds}: decode at {context} tokens", err=True)
+                steps[context].append(measure_decode(models, context, repeats))
+        decode = {
+            context: {name: statistics.median(figures[name] for figures in measured) for name in ENCODINGS}
+            for context, measured in steps.items()
+        }
+        prefill = {}
         for context in sizes:
-            click.echo(f"context {context}", err=True)
-            decode[context] = measure_decode(models, context, repeats)
+            click.echo(f"prefill of {context} tokens", err=True)
             prefill[context] = measure_prefill(models, context, prefills)
-        buffers = measure_buffers(models["rope"], repeats)
+        buffers = measure_buffers(models["rope"], 3 * repeats)
     result = {
         "preset": preset,
         "provider": "CPUExecutionProvider",
         "onnxruntime": onnxruntime.__version__,
         "cores": os.cpu_count(),
+        "rounds": rounds,
         "machine": platform.machine(),
         "decode_ms_per_token": decode,
         "prefill_tokens_per_s": prefill,

@@ -162,7 +162,7 @@ def to_onnx(
         first_line = str(cause).strip().split("\n", 1)[0]
         raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}; -v shows everything") from error
     assert onnx_program is not None
-    model = cast(ir.Model, onnx_program.model)
+    model = onnx_program.model
     progress("optimize")
     TransposedWeights()(model)
     optimizer.optimize_ir(model, inline=True)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a mistake is one line and nothing is written; a result is all that is on stdout."""
+"""The command line as a user meets it: a mistake is one line, and a result is all that is on stdout."""
 
 from __future__ import annotations
 
@@ -107,8 +107,14 @@ def places(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """What the command lines below name in braces: bundles, and checkpoints with one thing wrong each."""
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     root = tmp_path_factory.mktemp("places")
     torch.manual_seed(0)

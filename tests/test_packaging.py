@@ -228,7 +228,7 @@ def order_violations(texts: Mapping[str, str], modules: Mapping[str, object]) ->
             if not target.startswith("pe_onnx.") or (own < 0 and not now):
                 continue
             other = layer(target)
-            same_package = target.split(".")[1] == (module.split(".") + [""])[1]
+            same_package = target.split(".")[:2] == module.split(".")[:2]
             if other is None or (other >= own and not same_package):
                 wrong.append(f"{module} imports {target}")
     return wrong
