@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -158,8 +159,6 @@ def places(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     (variant("bad_vocabulary") / "vocab.json").write_text("{nope")
     values = json.loads((root / "llama" / "config.json").read_text())
     (variant("unknown_family") / "config.json").write_text(json.dumps({**values, "model_type": "nonesuch"}))
-    code = {**values, "model_type": "custom", "auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}}
-    (variant("own_code") / "config.json").write_text(json.dumps(code))
     (root / "no_config").mkdir()
     shutil.copytree(bundles("rope"), root / "corrupted")
     model = bytearray((root / "corrupted" / "model.onnx").read_bytes())
@@ -240,7 +239,6 @@ USAGE = [
     ("export --model {t5} -o b", ["'t5'", "encoder-decoder"]),
     ("export --model {mamba} -o b", ["mamba"]),
     ("export --model {unknown_family} -o b", ["nonesuch"]),
-    ("export --model {own_code} -o b", ["code"]),
     # the output
     ("export --encoding rope -o taken", ["taken", "exists"]),
     ("export --encoding rope -o taken --force", ["taken", "not a bundle"]),
@@ -344,6 +342,22 @@ def test_the_first_mistakes_in_a_process_of_their_own(cli: Cli, tmp_path: Path) 
     refused(cli("export", "--encoding", "rop", "-o", tmp_path / "b"), 2, "did you mean 'rope'?")
     refused(cli("export", "--model", tmp_path, "-o", tmp_path / "b"), 2, "config.json")
     assert snapshot(tmp_path) == {}
+
+
+def test_code_in_a_checkpoint_is_never_run(cli: Cli, places: dict[str, str], tmp_path: Path) -> None:
+    """transformers would ask on the terminal, and run it at a `y`."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(places["llama"], checkpoint)
+    values = json.loads((checkpoint / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (checkpoint / "config.json").write_text(json.dumps({**values, "model_type": "custom", "auto_map": own}))
+    (checkpoint / "own.py").write_text(
+        f"open({str(tmp_path / 'it ran')!r}, 'w')\nclass Config: pass\nclass Model: pass"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    result = cli("export", "--model", checkpoint, "-o", tmp_path / "b", stdin="y\n", env=environment)
+    assert not (tmp_path / "it ran").exists()
+    refused(result, 2, "checkpoint", "code")
 
 
 @pytest.mark.parametrize(

@@ -458,7 +458,7 @@ def test_buckets_without_a_meaning_are_refused(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, F64])
-@pytest.mark.parametrize(("n", "m"), [(32, 128), (9, 31)])
+@pytest.mark.parametrize(("n", "m"), [(32, 128), (9, 31), (8, 5)])
 def test_t5_relative_bias_looks_the_bucket_up(n: int, m: int, dtype: torch.dtype) -> None:
     weight, queries, keys = randn(n, 3, dtype=dtype), positions(5, 200, count=17), positions(0, 3, count=63)
     got = ops.t5_relative_bias(weight, queries, keys, 63, m)

@@ -182,9 +182,15 @@ def gpt_neox(config: DecoderConfig) -> tuple[PreTrainedModel, Callable[[Weights]
 
 
 LLAMA = {"hidden_size": 72, "encoding_parameters": {"theta": 500.0}, "num_attention_heads": 6, "num_key_value_heads": 2}
-LLAMA |= {"head_dim": 10, "intermediate_size": 63, "norm_eps": 1e-5}
+LLAMA |= {"tie_word_embeddings": True, "head_dim": 10, "intermediate_size": 63, "norm_eps": 1e-5}
 GPT2 = {"encoding": "learned", "max_position_embeddings": 100, "norm": "layer", "norm_eps": 1e-5, "mlp": "plain"}
-GPT2 |= {"hidden_act": "gelu_tanh", "attention_bias": True, "output_bias": True, "mlp_bias": True}
+GPT2 |= {
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_tanh",
+    "attention_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+}
 NEOX = {**GPT2, "encoding": "rope", "encoding_parameters": {"rotary_dim": 4}, "hidden_act": "gelu"}
 NEOX |= {"parallel_residual": True, "tie_word_embeddings": False}
 FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -342,7 +348,7 @@ class Loops:
 
 
 GEMMA2 = {"attention_softcap": 2.0, "logit_softcap": 3.0, "hidden_act": "gelu_tanh", "embedding_scale": 8.0}
-GEMMA2 |= {"num_key_value_heads": 2, "head_dim": 24, "score_scale": 0.3}
+GEMMA2 |= {"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 24, "score_scale": 0.3}
 LOOPS: dict[str, dict[str, Any]] = {
     "gemma-2": GEMMA2,
     "gemma-2-untied": {**GEMMA2, "tie_word_embeddings": False, "seed": 3},
@@ -513,6 +519,21 @@ def test_windows_are_the_same_in_every_step(window: int, chunks: str, biased: bo
     assert (other - want).abs().max() > 0.1
 
 
+def test_positions_count_the_tokens_before() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 0, 0, 0]])
+    want = [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 0, 1, 1, 2], [0, 1, 1, 1, 1]]
+    past = [(torch.zeros(4, 1, 3, 16),) * 2]
+    for step, new in ((PlainStep(mask), 5), (MaskedStep(mask, 2, past), 2)):
+        assert step.key_positions.tolist() == want
+        assert step.query_positions.tolist() == [row[-new:] for row in want]
+    compact = CompactStep(mask[[0, 3]], 1, past)
+    assert compact.key_positions is None
+    assert compact.query_positions.tolist() == [[4], [1]]
+    assert compact.last_slots.tolist() == [4, 1]
+    assert CompactStep(mask[[0, 3]], 5, past).query_positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert CompactStep(mask[:1], 2, past).query_positions.tolist() == [[3, 4]]
+
+
 def test_last_token_is_the_last_that_the_mask_marks() -> None:
     decoder = Decoder(DecoderConfig())
     ids = tokens(3, 17)
@@ -635,7 +656,7 @@ def test_every_weight_is_drawn_and_counts() -> None:
 
 
 def test_tied_heads_share_one_tensor() -> None:
-    tied, untied = Decoder(DecoderConfig()), Decoder(DecoderConfig(tie_word_embeddings=False))
+    tied, untied = (Decoder(DecoderConfig(tie_word_embeddings=tie)) for tie in (True, False))
     assert tied.head.weight is tied.embedding.weight
     assert not torch.equal(untied.head.weight, untied.embedding.weight)
     size = sum(x.numel() for x in untied.parameters()) - sum(x.numel() for x in tied.parameters())

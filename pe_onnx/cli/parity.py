@@ -73,9 +73,9 @@ def _print(report) -> None:  # type: ignore[no-untyped-def]
 
     console = Console()
     table = Table(title=f"{report.bundle} against {report.reference}", title_justify="left", box=None, padding=(0, 1))
-    for name in ("mode", "positions", "max abs error", "of the spread", "KL, nats", "top-1", "near-ties"):
+    for name in ("mode", "tokens", "max abs", "of spread", "KL, nats", "top-1", "near-ties"):
         table.add_column(name, justify="left" if name == "mode" else "right", header_style="dim")
-    table.add_column("first difference", header_style="dim")
+    table.add_column("first over", header_style="dim")
     for m in report.modes:
         table.add_row(
             m.mode,
@@ -83,7 +83,7 @@ def _print(report) -> None:  # type: ignore[no-untyped-def]
             f"{m.max_abs_error:.1e}",
             f"[{'green' if m.passed else 'red'}]{m.relative_error:.1e}[/]",
             f"{m.kl:.1e}",
-            f"{m.top1_agreement:.2%}",
+            f"{m.top1_agreement:.1%}",
             str(m.near_ties),
             m.first_difference or "none",
         )
