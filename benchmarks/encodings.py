@@ -2,7 +2,8 @@
 
 Contestants are interleaved step by step, so that a slow moment of the machine falls on all of them; sessions are made
 anew in each round, in another order, so that no contestant keeps a lucky place in memory. Given is the median over
-rounds of the median over steps. Also measured: a decode step at 512 tokens in an 8192-token buffer against a 1024-token buffer.
+rounds of the median over steps. Also measured: a decode step at 512 tokens in an 8192-token buffer against a 1024-token
+buffer.
 
     python benchmarks/encodings.py [--contexts 128,1024,4096,8192] [--rounds 5] [-o benchmarks/encodings.json]
 """

@@ -152,10 +152,10 @@ def cached_attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + torch.nn.functional.pad(bias, (0, P + T - bias.shape[-1]))
     distance = slots[:, :, None] - torch.arange(P + T, device=query.device)  # [B, T, P + T]
     seen = (distance >= 0) & ((distance < window) | (window < 0))
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    weights = torch.softmax(scores.float(), -1).to(query.dtype)
+    weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     output = weights @ present_value.repeat_interleave(group, 1)  # [B, H, T, D]
     return output.transpose(1, 2).flatten(2), present_key, present_value

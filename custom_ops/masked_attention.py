@@ -103,6 +103,6 @@ def masked_attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores.float(), -1).to(query.dtype)
+    weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     output = weights @ present_value.repeat_interleave(group, 1)  # [B, H, T, D]
     return output.transpose(1, 2).flatten(2), present_key, present_value

@@ -8,8 +8,6 @@ Su et al. 2021, RoFormer, equation 34; the two pairings as in ONNX RotaryEmbeddi
 for i < R/2. Channels from R on pass unrotated (partial rotary, GPT-NeoX).
 """
 
-from typing import Any
-
 import torch
 from onnxscript import FLOAT, opset23, script
 
@@ -32,30 +30,17 @@ def RotaryEmbedding(x: FLOAT, cos: FLOAT, sin: FLOAT, num_heads: int, interleave
     )
 
 
-def _rotary_embedding_float32() -> Any:
-    """The same for a half-precision x: rotated in float32 by float32 cos and sin, and rounded once."""
-
-    @script(PE_ONNX, default_opset=opset23)
-    def RotaryEmbedding(x: FLOAT, cos: FLOAT, sin: FLOAT, num_heads: int, interleaved: int, rotary_dim: int) -> FLOAT:
-        rotated = opset23.RotaryEmbedding(
-            opset23.Cast(x, to=1),
-            cos,
-            sin,
-            num_heads=num_heads,
-            interleaved=interleaved,
-            rotary_embedding_dim=rotary_dim,
-        )
-        return opset23.CastLike(rotated, x)
-
-    return RotaryEmbedding
-
-
-RotaryEmbeddingFloat32 = _rotary_embedding_float32()
-
-
 def _translate(x, cos, sin, num_heads: int = 0, interleaved: bool = False):
-    function = RotaryEmbedding if x.dtype == cos.dtype else RotaryEmbeddingFloat32
-    return function(x, cos, sin, num_heads=num_heads, interleaved=int(interleaved), rotary_dim=2 * int(cos.shape[-1]))
+    same = x.dtype == cos.dtype
+    rotated = RotaryEmbedding(  # a half-precision x is rotated by float32 tables in float32, and rounded once
+        x if same else opset23.CastLike(x, cos),
+        cos,
+        sin,
+        num_heads=num_heads,
+        interleaved=int(interleaved),
+        rotary_dim=2 * int(cos.shape[-1]),
+    )
+    return rotated if same else opset23.CastLike(rotated, x)
 
 
 @operator(_fake, _translate)

@@ -186,7 +186,8 @@ class PlainStep:
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias
-        distance = torch.arange(self.key_length)[:, None] - torch.arange(self.key_length)
+        slots = torch.arange(self.key_length, device=q.device)
+        distance = slots[:, None] - slots
         seen = self.valid[:, None, None, :] | (distance == 0)
         if self.causal:
             seen = seen & (distance >= 0)
@@ -196,7 +197,7 @@ class PlainStep:
         return torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2)
 
     def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _take(hidden, (self.valid.long() * torch.arange(self.key_length)).amax(1))
+        return _take(hidden, (self.valid.long() * torch.arange(self.key_length, device=hidden.device)).amax(1))
 
 
 STEPS: dict[str, type[CompactStep] | type[MaskedStep]] = {"ort": CompactStep, "portable": MaskedStep}

@@ -60,7 +60,7 @@ class Attention(nn.Module):
             v,
             num_heads=H,
             kv_heads=K,
-            scale=self.config.score_scale or 1.0,
+            scale=self.config.scale,
             bias=bias,
             softcap=self.config.attention_softcap,
         )

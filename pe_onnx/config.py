@@ -7,10 +7,32 @@ transformers' ``config.json``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pe_onnx.errors import ConfigError, did_you_mean
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_size, "a positive integer"),
+    "Seed": (lambda value: value == 0 or _is_size(value), "an integer of at least 0"),
+    "float": (_is_number, "a finite number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str": (lambda value: isinstance(value, str), "a name"),
+    "Mapping[str, Any]": (lambda value: isinstance(value, Mapping), "names and values"),
+}
+"""A field's declared type to what it accepts."""
+
+Seed = int
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -56,37 +78,48 @@ class DecoderConfig:
     attention_softcap: float = 0.0
     """c: scores become c tanh(score / c); 0 for none."""
     logit_softcap: float = 0.0
-    seed: int = 0
+    seed: Seed = 0
     """Of the random weights."""
 
     def __post_init__(self) -> None:
-        defaults = {"num_key_value_heads": self.num_attention_heads}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in ("int", "int | None") and field.name not in ("seed", "head_dim"):
-                _require(isinstance(value, int) and value > 0, field.name, value, "a positive integer")
+            kind, _, optional = str(field.type).partition(" | ")
+            if not (optional and value is None):
+                accepts, text = KINDS[kind]
+                _require(accepts(value), field.name, value, text)
         for name, accepted in CHOICES.items():
             value = getattr(self, name)
             _require(value in accepted, name, value, f"one of {', '.join(accepted)}")
+        for name in ("norm_eps", "attention_softcap", "logit_softcap"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.head_dim is None:
             divisible = self.hidden_size % self.num_attention_heads == 0
             text = f"a divisor of hidden_size = {self.hidden_size}, or give head_dim"
             _require(divisible, "num_attention_heads", self.num_attention_heads, text)
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _require(self.head_size > 0, "head_dim", self.head_dim, "a positive integer")
-        grouped = self.num_attention_heads % self.kv_heads == 0
-        text = f"a divisor of num_attention_heads = {self.num_attention_heads}"
-        _require(grouped, "num_key_value_heads", self.num_key_value_heads, text)
+        resolved = {
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "num_key_value_heads": self.num_attention_heads,
+        }
+        for name, value in resolved.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.score_scale is None:
             object.__setattr__(self, "score_scale", self.head_size**-0.5)
+        text = f"a divisor of num_attention_heads = {self.num_attention_heads}"
+        grouped = self.num_attention_heads % self.kv_heads == 0
+        _require(grouped, "num_key_value_heads", self.num_key_value_heads, text)
 
     @property
     def head_size(self) -> int:
         """D, resolved."""
         return self.head_dim or 0
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores, resolved."""
+        assert self.score_scale is not None
+        return self.score_scale
 
     @property
     def kv_heads(self) -> int:

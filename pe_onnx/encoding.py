@@ -7,7 +7,8 @@ An encoding overrides one of three hooks, or none: ``embed`` adds a vector to th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -82,18 +83,35 @@ def declared_parameters(cls: type[PositionalEncoding]) -> dict[str, Any]:
     return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def _to_bool(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _to_int(value: Any) -> int:
+    number = int(float(value))
+    if isinstance(value, bool) or number != float(value):
+        raise ValueError
+    return number
+
+
+def _to_float(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+CONVERSIONS: dict[type, Callable[[Any], Any]] = {bool: _to_bool, int: _to_int, float: _to_float}
+KINDS = {bool: "true or false", int: "an integer", float: "a finite number"}
+
+
 def _converted(encoding: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters as the command line or JSON has them, in the type of their defaults."""
     result = {}
     for name, value in given.items():
         kind = type(defaults[name])
         try:
-            if kind is bool and isinstance(value, str):
-                result[name] = {"true": True, "false": False}[value.lower()]
-            elif kind is int and float(value) != int(float(value)):
-                raise ValueError
-            else:
-                result[name] = kind(float(value)) if kind is int else kind(value)
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"encoding {encoding!r}: {name} = {value!r} must be of type {kind.__name__}") from None
+            result[name] = CONVERSIONS[kind](value)
+        except (ValueError, KeyError, TypeError, OverflowError):
+            raise ConfigError(f"encoding {encoding!r}: {name} = {value!r} must be {KINDS[kind]}") from None
     return result

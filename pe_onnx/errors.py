@@ -56,5 +56,5 @@ class ParityError(PeOnnxError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'rope'?"`` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""

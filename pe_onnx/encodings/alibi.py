@@ -36,4 +36,4 @@ class Alibi(PositionalEncoding):
     def bias(self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int) -> torch.Tensor:
         if key_positions is None:
             key_positions = torch.arange(key_length, device=query_positions.device)[None]
-        return alibi_bias(self.slopes, query_positions, key_positions)
+        return alibi_bias(self.slopes.to(query_positions.device), query_positions, key_positions)

@@ -44,7 +44,7 @@ class Rope(PositionalEncoding):
         self.inverse_frequency = theta**-exponent  # no buffer: half() would round it
 
     def tables(self, positions: torch.Tensor) -> Tables:
-        angle = positions.double()[..., None] * self.inverse_frequency  # [B, T, R/2]
+        angle = positions.double()[..., None] * self.inverse_frequency.to(positions.device)  # [B, T, R/2]
         return angle.cos().float(), angle.sin().float()
 
     def rotate(self, x: torch.Tensor, tables: Tables, num_heads: int) -> torch.Tensor:

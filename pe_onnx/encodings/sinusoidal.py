@@ -30,5 +30,5 @@ class Sinusoidal(PositionalEncoding):
         self.inverse_wavelength = theta**-exponent  # no buffer: half() would round it
 
     def embed(self, positions: torch.Tensor) -> torch.Tensor:
-        angle = positions.double()[..., None] * self.inverse_wavelength  # [B, T, C/2]
+        angle = positions.double()[..., None] * self.inverse_wavelength.to(positions.device)  # [B, T, C/2]
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2).float()  # [B, T, C]
