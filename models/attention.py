@@ -118,10 +118,11 @@ class MaskedStep:
         if window not in self._seen:
             slots = torch.arange(self.key_length, device=self.valid.device)  # [S]
             queries = slots[self.key_length - self.new_tokens :, None]  # [T, 1]
-            near = slots <= queries
-            if window >= 0:
-                near = near & (slots > queries - window)
-            self._seen[window] = (near & self.valid[:, None, None, :]) | (slots == queries)
+            seen = (slots <= queries) & self.valid[:, None, None, :]  # [B, 1, T, S]
+            if window >= 0:  # of tokens: padding between them does not count
+                distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+                seen = seen & (distance < window)[:, None]
+            self._seen[window] = seen | (slots == queries)
         return self._seen[window]
 
     def attend(

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pe_onnx.contract import Target
-from pe_onnx.errors import CheckpointError
+from pe_onnx.errors import CheckpointError, PeOnnxError
 from pe_onnx.models import checkpoint
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep, cached_step
 from pe_onnx.models.exportable import Exportable
@@ -28,7 +28,6 @@ IMPLEMENTATION = "pe_onnx"
 PROOF_TOLERANCE = 1e-4
 """Of the logits' spread, float32: far above rounding, far below any lost window, scale or position."""
 
-UNDERSTOOD = frozenset({"dropout", "scaling", "sliding_window", "softcap"})
 IRRELEVANT = frozenset(
     {"position_ids", "position_embeddings", "use_cache", "cache_position", "output_attentions", "is_causal"}
 )
@@ -42,6 +41,8 @@ class BridgeCache(Cache):
         super().__init__(layers=[])
         self.step = step
         self.layer = -1
+        self.windows: set[int] = set()
+        """What the layers handed to attention."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -84,6 +85,9 @@ def attend(
     if value.shape[-1] != D:
         raise CheckpointError(f"{type(module).__name__}: value heads of {value.shape[-1]} channels, keys of {D}")
 
+    window = -1 if sliding_window is None else int(sliding_window)
+    cache.windows.add(window)
+
     def packed(x: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2).flatten(2)
 
@@ -96,7 +100,7 @@ def attend(
         kv_heads=K,
         scale=D**-0.5 if scaling is None else float(scaling),
         softcap=float(softcap or 0.0),
-        window=-1 if sliding_window is None else int(sliding_window),
+        window=window,
     )
     return output.unflatten(-1, (H, D)), None
 
@@ -110,6 +114,7 @@ class BridgedDecoder(nn.Module):
         self.target = target
         self.last_only = last_only
         self.rotation = rotation
+        self.windows: set[int] = set()
 
     def forward(
         self,
@@ -149,6 +154,7 @@ class BridgedDecoder(nn.Module):
         config._attn_implementation = IMPLEMENTATION
         try:
             yield cache
+            self.windows = cache.windows
         finally:
             config._attn_implementation = before
             _active.pop()
@@ -201,14 +207,40 @@ def _prove(exportable: Exportable, model: PreTrainedModel) -> None:
     T = min(24, E.max_length or 24)
     ids = torch.randint(0, E.vocab_size, (1, T), generator=generator)
     positions = torch.arange(T)[None]
+    name = type(model).__name__
     expected = model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits[0].float()
     past = [(torch.zeros(1, E.kv_heads, 0, E.head_size),) * 2 for _ in range(E.layers)]
     for begin, end in ((0, T - 1), (T - 1, T)):
         mask = torch.ones(1, end, dtype=torch.int64)
-        logits, past = E.module(ids[:, begin:end], mask, positions[:, begin:end], past)
+        try:
+            logits, past = E.module(ids[:, begin:end], mask, positions[:, begin:end], past)
+        except PeOnnxError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise CheckpointError(
+                f"{name} cannot be exported exactly: with the attention replaced: {reason}"
+            ) from error
         error = (logits[0, -1] - expected[end - 1]).abs().max() / expected.std()
         if not error <= PROOF_TOLERANCE:
             raise CheckpointError(
-                f"{type(model).__name__} cannot be exported exactly: with the attention replaced its logits are off by "
-                f"{error:.1e} of their spread"
+                f"{name} cannot be exported exactly: with the attention replaced its logits are off by {error:.1e} of "
+                f"their spread"
             )
+    _check_windows(model, E.module.windows)
+
+
+def _check_windows(model: PreTrainedModel, handed: set[int]) -> None:
+    """Refuse a window or chunk that lives in transformers' mask alone: the proof may be too short to see it."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
+    if window is not None and used and window not in handed:
+        raise CheckpointError(
+            f"{type(model).__name__}: sliding_window = {window} does not reach the attention, only the mask; it cannot "
+            f"be exported exactly"
+        )
+    if "chunked_attention" in kinds:
+        chunk = getattr(config, "attention_chunk_size", None)
+        raise CheckpointError(f"{type(model).__name__}: attention_chunk_size = {chunk} is not supported yet")

@@ -83,7 +83,7 @@ def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
     folder, gguf = locate(path)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -91,6 +91,8 @@ def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
             dtype=torch.float32,
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            trust_remote_code=False,  # or transformers asks on the terminal
             **options,
         )
     except CheckpointError:
@@ -142,7 +144,9 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
 
         return {"kind": "tokenizer.json"}, copy
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {})
+        )
         if getattr(tokenizer, "is_fast", False):
             return {"kind": "tokenizer.json"}, lambda target: tokenizer.save_pretrained(target) and None
     except Exception:  # no tokenizer that transformers knows; a plain vocabulary may still do
@@ -160,4 +164,9 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
 
 def _plain_vocabulary(folder: Path) -> bool:
     path = folder / "vocab.json"
-    return path.is_file() and not (folder / "merges.txt").exists() and isinstance(json.loads(path.read_text()), dict)
+    if not path.is_file() or (folder / "merges.txt").exists():
+        return False
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), dict)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder}: vocab.json is not JSON ({error})") from None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,26 +89,79 @@ class Bundle:
 
 
 def read_bundle(folder: str | Path, verify: bool = True) -> Bundle:
-    """Read and check a bundle. Raises BundleError for what is no bundle, incomplete or corrupted."""
+    """Read and check a bundle. Raises BundleError for what is no bundle, incomplete or corrupted.
+
+    verify: check the SHA-256 of every file too.
+    """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
-        what = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise BundleError(f"{folder} is not a bundle: it {what}; make one with `pe-onnx export -o {folder}`")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        version, kinds = manifest["format"], manifest["contract"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"bundle {folder} is corrupted: manifest.json cannot be read ({error})") from None
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        missing = isinstance(error, FileNotFoundError) and not folder.exists()
+        what = "it does not exist" if missing else f"{MANIFEST} cannot be read ({_reason(error)})"
+        raise BundleError(f"{folder} is not a bundle: {what}; make one with `pe-onnx export -o DIR`") from None
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"bundle {folder} is corrupted: {MANIFEST} is not JSON ({error})") from None
+    if not _is_manifest(manifest):
+        raise BundleError(f"bundle {folder} is corrupted: {MANIFEST} has no format and contract")
+    version, kinds = manifest["format"], manifest["contract"]
     if version != FORMAT or kinds != contract.VERSION:
         raise BundleError(
             f"bundle {folder} has format {version}, contract {kinds}; this pe-onnx reads format {FORMAT}, contract "
             f"{contract.VERSION}: export it again"
         )
+    _check_manifest(folder, manifest)
     bundle = Bundle(folder, manifest)
     if verify:
         bundle.verify()
     return bundle
+
+
+def _is_manifest(value: Any) -> bool:
+    return isinstance(value, dict) and {"format", "contract"} <= value.keys()
+
+
+def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
+    """Raises BundleError that names the first entry which is missing or not what it should be."""
+
+    def require(good: bool, name: str) -> None:
+        if not good:
+            raise BundleError(f"bundle {folder} is corrupted: {MANIFEST} has no valid {name!r}")
+
+    def count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    for name, accepted in (("target", contract.TARGETS), ("dtype", contract.DTYPES), ("logits", contract.LOGITS)):
+        require(isinstance(m.get(name), str) and m[name] in accepted, name)
+    for name in ("model", "encoding", "source", "graph", "tools", "files"):
+        require(isinstance(m.get(name), dict), name)
+    for name in ("layers", "kv_heads", "head_size", "vocab_size"):
+        require(count(m["model"].get(name)), f"model.{name}")
+    for name in ("trained_length", "max_length"):
+        require(name in m["model"] and (m["model"][name] is None or count(m["model"][name])), f"model.{name}")
+    require(isinstance(m["encoding"].get("name"), str), "encoding.name")
+    require(isinstance(m["encoding"].get("parameters"), dict), "encoding.parameters")
+    require(
+        all(isinstance(x, dict) and {"value", "origin"} <= x.keys() for x in m["encoding"]["parameters"].values()),
+        "encoding.parameters",
+    )
+    require(isinstance(m["source"].get("kind"), str), "source.kind")
+    for name, kind in (("opsets", dict), ("operators", dict), ("functions", list), ("weight_bytes", int)):
+        require(isinstance(m["graph"].get(name), kind), f"graph.{name}")
+    require("tokenizer" in m and (m["tokenizer"] is None or isinstance(m["tokenizer"], dict)), "tokenizer")
+    require(MODEL in m["files"], f"files.{MODEL}")
+    for name, entry in m["files"].items():
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        whole = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        require(inside and whole, f"files.{name}")
+
+
+def _reason(error: Exception) -> str:
+    """The system's words for an OSError, without path and number."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 def sha256(path: Path) -> str:
@@ -122,13 +177,14 @@ def write_bundle(folder: str | Path, manifest: dict[str, Any], force: bool = Fal
     Raises ConfigError where ``folder`` exists: without ``force``, or with it where it is not a bundle. Raises
     ExportError with the system's reason (a full disk, say); nothing is left then.
     """
-    folder = Path(folder)
-    check_output(folder, force)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    check_output(Path(folder), force)
+    folder = Path(folder).resolve()
+    partial = None
+    created = _missing_parents(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
-        partial.mkdir()
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
         yield partial
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         manifest["files"] = {
@@ -137,33 +193,69 @@ def write_bundle(folder: str | Path, manifest: dict[str, Any], force: bool = Fal
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
         for path in (*files, partial / MANIFEST):
             _sync(path)
+        partial.chmod(0o777 & ~_umask())
         _put_in_place(partial, folder)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ExportError(f"cannot write {folder}: {reason}") from error
+        raise ExportError(f"cannot write {folder}: {_reason(error)}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in created:  # innermost first; those that hold something stay
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def check_output(folder: Path, force: bool) -> None:
-    """Raises ConfigError where a bundle may not be written to ``folder``."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Raises ConfigError where a bundle may not or cannot be written to ``folder``."""
+    try:
+        parents = folder.absolute().parents
+        blocking = next((p for p in parents if p.exists() and not p.is_dir()), None)
+        exists = folder.exists()
+        if exists and folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ConfigError(f"output {folder} is the working directory or above it; name a folder of its own")
+        if not exists and blocking is None and folder.is_symlink():
+            raise ConfigError(f"output {folder} is a link to what does not exist")
+        empty = exists and folder.is_dir() and not any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"output {folder} cannot be written: {_reason(error)}") from None
+    if blocking is not None:
+        raise ConfigError(f"output {folder} cannot be written: {blocking} is not a folder")
+    if not exists or empty:
         return
     if not force:
         raise ConfigError(f"output {folder} exists; give another -o, or --force to replace it")
-    if not (folder / MANIFEST).is_file():
+    if not _holds_bundle(folder):
         raise ConfigError(f"output {folder} exists and is not a bundle; --force replaces bundles only")
 
 
+def _holds_bundle(folder: Path) -> bool:
+    """A manifest of ours, or the ruins of one beside a model."""
+    try:
+        return _is_manifest(json.loads((folder / MANIFEST).read_text("utf-8")))
+    except OSError:
+        return False
+    except ValueError:
+        return (folder / MODEL).is_file()
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """Parents that do not exist yet, innermost first."""
+    return [parent for parent in folder.parents if not parent.exists()]
+
+
 def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename, or exchange with what is there and remove that: at no moment is there a half bundle."""
+    """Rename, or exchange with what is there: at no moment is there a half bundle."""
     if not folder.exists() or not any(folder.iterdir()):
         os.replace(partial, folder)
         return
     if not _exchange(partial, folder):
-        old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-{os.getpid()}-", dir=folder.parent))
         os.replace(folder, old)
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -178,11 +270,22 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what killed runs left beside ``folder``."""
-    for path in folder.parent.glob(f".{folder.name}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdecimal() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+    """Clear up what killed runs left beside ``folder``; an old bundle whose successor never came is put back."""
+    for kind in ("old", "partial"):
+        for path in folder.parent.glob(f".{glob.escape(folder.name)}.{kind}-*"):
+            pid = path.name.rpartition(f".{kind}-")[2].partition("-")[0]
+            if not pid.isdecimal() or (int(pid) != os.getpid() and _alive(int(pid))):
+                continue
+            if kind == "old" and not folder.exists():
+                os.replace(path, folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _alive(pid: int) -> bool:

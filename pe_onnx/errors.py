@@ -7,7 +7,8 @@ command line exits with: 2 for wrong usage or input, 1 for a check that failed o
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PeOnnxError(Exception):
@@ -52,6 +53,18 @@ class ParityError(PeOnnxError):
     """A bundle that does not compute what PyTorch computes."""
 
     exit_code = 1
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Around imports: a package that is missing becomes one line that names the extra it belongs to."""
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, PeOnnxError):
+            raise
+        name = error.name or str(error)
+        raise MissingDependencyError(f"{what} needs {name}, which is not installed: pip install {extra}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

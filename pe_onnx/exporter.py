@@ -21,19 +21,15 @@ from typing import Any, cast
 from pe_onnx import __version__, contract
 from pe_onnx.bundle import MODEL, WEIGHTS, Bundle, check_output, read_bundle, sha256, write_bundle
 from pe_onnx.config import DecoderConfig
-from pe_onnx.errors import ConfigError, ExportError, MissingDependencyError, PeOnnxError, did_you_mean
+from pe_onnx.errors import ConfigError, ExportError, PeOnnxError, did_you_mean, needs
 
-try:
+with needs("export", "'pe-onnx[export]'"):
     import onnx
     import onnx_ir as ir
     import torch
     from onnxscript import optimizer
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
     from torch import nn
-except ImportError as error:
-    raise MissingDependencyError(
-        f"export needs {error.name}, which is not installed: pip install 'pe-onnx[export]'"
-    ) from error
 
 from pe_onnx.custom_ops import OPSET, translation_table
 from pe_onnx.models.exportable import Exportable, from_config
@@ -105,7 +101,8 @@ def export(
                 DecoderConfig.preset(preset, **fields), cast(contract.Target, target), last_only, preset
             )
         elif model is not None:
-            from pe_onnx.models.bridge import from_checkpoint
+            with needs("a checkpoint", "'pe-onnx[export]'"):
+                from pe_onnx.models.bridge import from_checkpoint
 
             exportable = from_checkpoint(Path(model), cast(contract.Target, target), last_only)
         else:

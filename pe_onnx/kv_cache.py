@@ -77,7 +77,9 @@ class KVCache(ABC):
 
         active: bool ``[B]``; a row that is not keeps its length, and its logits mean nothing.
         """
-        ids = np.asarray(tokens, np.int64).reshape(self.batch_size)
+        ids = _as_ids(tokens)
+        if ids.size != self.batch_size:
+            raise InputError(f"{ids.size} tokens for a cache of {self.batch_size} rows")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise InputError(f"token id {_first_outside(ids, self.vocab_size)} must be in 0..{self.vocab_size - 1}")
         moving = np.ones(self.batch_size, bool) if active is None else active
@@ -101,7 +103,7 @@ class KVCache(ABC):
     def _decode(self, ids: Array, moving: Array) -> Array: ...
 
     def _checked(self, row: Tokens, length: int) -> Array:
-        ids = np.asarray(row, np.int64)
+        ids = _as_ids(row)
         if ids.size == 0:
             raise InputError("a prompt has no tokens; give at least one")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
@@ -302,6 +304,14 @@ def make_cache(
     """The cache that the bundle's target takes."""
     kinds: dict[str, type[KVCache]] = {"ort": InPlaceCache, "portable": GrowingCache}
     return kinds[session.bundle.target](session, batch_size, max_length, chunk_tokens)
+
+
+def _as_ids(tokens: Tokens | Array) -> Array:
+    """int64 ``[n]``. Raises InputError for what is no list of integers of 64 bits."""
+    try:
+        return np.asarray(tokens, np.int64).reshape(-1)
+    except (OverflowError, ValueError, TypeError):
+        raise InputError("token ids must be integers; one is not, or has more than 64 bits") from None
 
 
 def _first_outside(ids: Array, vocab_size: int) -> int:

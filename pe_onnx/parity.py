@@ -120,6 +120,8 @@ def check_parity(
     arrays = [np.asarray(row, np.int64) for row in rows]
     if any(row.size < 2 for row in arrays):
         raise InputError("parity needs rows of at least 2 tokens")
+    if tokens < 2 or seed < 0 or (tolerance is not None and not tolerance >= 0):
+        raise ConfigError(f"tokens = {tokens} must be at least 2, seed = {seed} and tolerance = {tolerance} at least 0")
     wanted = list(modes or _modes(bundle))
     for mode in wanted:
         if mode not in MODES:
@@ -129,7 +131,7 @@ def check_parity(
     allowed = TOLERANCES[bundle.manifest["dtype"]]
     if tolerance is not None:
         allowed = allowed._replace(error=tolerance)
-    expected = _Expected(compute, arrays)
+    expected = _Expected(compute, arrays, bundle.shape["vocab_size"])
     report = ParityReport(str(folder), name, bundle.manifest["dtype"], allowed, expected.spread)
     for mode in wanted:
         if mode == "greedy":
@@ -142,8 +144,11 @@ def check_parity(
 class _Expected:
     """The reference's logits of every row, computed once."""
 
-    def __init__(self, compute: Reference, rows: list[Array]) -> None:
+    def __init__(self, compute: Reference, rows: list[Array], vocab_size: int) -> None:
         self.logits = [compute(row[None])[0] for row in rows]
+        width = self.logits[0].shape[-1]
+        if width != vocab_size:
+            raise CheckpointError(f"the reference has a vocabulary of {width}, the bundle of {vocab_size}")
         self.spread = float(np.concatenate([x.reshape(-1) for x in self.logits]).std())
 
 
@@ -188,7 +193,7 @@ def _greedy(session: Session, rows: list[Array], compute: Reference, allowed: To
         want = compute(np.array([prompt + made[:-1]], np.int64))[0][len(prompt) - 1 :]
         spread = float(want.std())
         for i, (token, have) in enumerate(zip(made, logits, strict=True)):
-            error = float(np.abs(have - want[i]).max())
+            error = float(np.abs(have - want[i]).max()) if np.isfinite(have).all() else float("inf")
             result.positions += 1
             result.max_abs_error = max(result.max_abs_error, error)
             result.relative_error = max(result.relative_error, error / spread)
@@ -222,7 +227,7 @@ def _chunks(session: Session, rows: list[Array]) -> Iterator[Pair]:
 
 def _prefilled(session: Session, tokens: Array, row: int, chunk: int) -> Iterator[Pair]:
     every = session.bundle.logits == "all"
-    logits = make_cache(session, 1, None, chunk).prefill([tokens.tolist()], all_logits=every)[0]
+    logits = make_cache(session, 1, tokens.size, chunk).prefill([tokens.tolist()], all_logits=every)[0]
     if every:
         yield from (Pair(row, i, x) for i, x in enumerate(logits))
     else:
@@ -231,14 +236,14 @@ def _prefilled(session: Session, tokens: Array, row: int, chunk: int) -> Iterato
 
 def _steps(session: Session, rows: list[Array]) -> Iterator[Pair]:
     """The first row token by token from an empty cache."""
-    cache = make_cache(session)
+    cache = make_cache(session, 1, rows[0].size)
     for i, token in enumerate(rows[0]):
         yield Pair(0, i, cache.decode([int(token)])[0])
 
 
 def _ragged(session: Session, rows: list[Array]) -> Iterator[Pair]:
     """All rows in one batch with prompts of different lengths, then steps, then a second prompt each."""
-    cache = make_cache(session, len(rows), None, 64)
+    cache = make_cache(session, len(rows), max(row.size for row in rows), 64)
     first = [max(1, row.size * (1 + 3 * (b % 3)) // 8) for b, row in enumerate(rows)]  # 1/8, 4/8, 7/8
     for b, logits in enumerate(cache.prefill([row[:n].tolist() for row, n in zip(rows, first, strict=True)])):
         yield Pair(b, first[b] - 1, logits)
@@ -259,7 +264,7 @@ def _ragged(session: Session, rows: list[Array]) -> Iterator[Pair]:
 
 def _padded(session: Session, rows: list[Array], side: str) -> Iterator[Pair]:
     """A batch with zeros in the mask on one side, or everywhere; then steps."""
-    cache = make_cache(session, len(rows))
+    cache = make_cache(session, len(rows), max(row.size for row in rows))
     if not isinstance(cache, GrowingCache):
         raise ConfigError(f"mode {side}_padding is for the portable target; ort takes compact rows only")
     longest = max(row.size for row in rows)

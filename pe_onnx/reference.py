@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pe_onnx.errors import CheckpointError, MissingDependencyError
+from pe_onnx.errors import CheckpointError, needs
 
-try:
+with needs("parity", "'pe-onnx[export]'"):
     import torch
-except ImportError as error:
-    raise MissingDependencyError(
-        "parity needs PyTorch, which is not installed: pip install 'pe-onnx[export]'"
-    ) from error
 
 if TYPE_CHECKING:
     from pe_onnx.parity import Reference
@@ -40,12 +36,14 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference, str]:
 
 
 def from_checkpoint(path: Path) -> Reference:
-    """transformers' own model with its own attention."""
+    """transformers' own model with its own eager attention."""
     from pe_onnx.exporter import silenced
-    from pe_onnx.models.checkpoint import load_model
+
+    with needs("a checkpoint", "'pe-onnx[export]'"):
+        from pe_onnx.models.checkpoint import load_model
 
     with silenced():
-        model = load_model(path, attention="sdpa")
+        model = load_model(path)
     return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pe_onnx import contract
 from pe_onnx.bundle import Bundle
 from pe_onnx.errors import BundleError, ConfigError, MissingDependencyError, ProviderError, did_you_mean
 
@@ -20,6 +21,10 @@ except ImportError as error:
     ) from error
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+MAX_THREADS = 1024
+"""More is a slip: each takes a stack, and onnxruntime starts them all."""
 
 
 def resolve_provider(name: str) -> str:
@@ -65,6 +70,8 @@ class Session:
         optimize: bool = True,
     ) -> None:
         wanted = resolve_provider(provider)
+        if not 0 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 is one for each core")
         session_options = onnxruntime.SessionOptions()
         session_options.log_severity_level = 3
         session_options.intra_op_num_threads = threads
@@ -84,6 +91,25 @@ class Session:
             raise ProviderError(f"provider {provider!r} cannot be had: onnxruntime did not start {wanted}")
         if self.inference.get_providers()[0] != wanted:
             raise ProviderError(f"onnxruntime fell back to {self.inference.get_providers()[0]} from {wanted}")
+        self._check_contract()
+
+    def _check_contract(self) -> None:
+        """Raises BundleError where the model's inputs and outputs are not what the manifest says."""
+        shape, dtype = self.bundle.shape, {"float32": "float", "float16": "float16"}[self.bundle.cache_dtype]
+        sizes = (shape["layers"], shape["kv_heads"], shape["head_size"])
+        for values, wanted in (
+            (self.inference.get_inputs(), contract.input_shapes(*sizes)),
+            (self.inference.get_outputs(), contract.output_shapes(*sizes, shape["vocab_size"], self.bundle.logits)),
+        ):
+            if [value.name for value in values] != list(wanted):
+                raise BundleError(f"{self.bundle.model}: inputs or outputs are not those of its manifest")
+            for value in values:
+                cache = value.name.startswith(("past", "present"))
+                if list(value.shape) != list(wanted[value.name]) or (cache and value.type != f"tensor({dtype})"):
+                    raise BundleError(
+                        f"{self.bundle.model}: {value.name} is {value.type} {value.shape}, its manifest says "
+                        f"{list(wanted[value.name])}, {self.bundle.cache_dtype}"
+                    )
 
     def array(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Zeros on the session's device, at an address that never changes."""
@@ -98,8 +124,12 @@ class Session:
         return self.inference.io_binding()
 
     def run(self, binding: Any) -> None:
-        """One step with everything bound."""
-        self.inference.run_with_iobinding(binding)
+        """One step with everything bound. Raises BundleError where onnxruntime fails."""
+        try:
+            self.inference.run_with_iobinding(binding)
+        except Exception as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise BundleError(f"onnxruntime cannot run {self.bundle.model}: {reason}") from error
 
 
 class DeviceArray:

@@ -67,20 +67,20 @@ def command(
     from pe_onnx.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    if tokens and (prompts or chat):
+    if tokens is not None and (prompts or chat):
         raise click.UsageError("give --tokens or text, not both")
     if system and not chat:
         raise click.UsageError("--system needs --chat")
     if max_new_tokens < 1:
         raise click.UsageError(f"--max-new-tokens = {max_new_tokens} must be at least 1")
     interactive = chat and not prompts and sys.stdin.isatty()
-    if not prompts and not tokens and not interactive:
+    if not prompts and tokens is None and not interactive:
         prompts = (_read_stdin(),)
     model = load(bundle, provider, threads, verify=not no_verify)
     if interactive:
         _converse(model, system, sampling, max_new_tokens, stop, max_length)
         return
-    if tokens:
+    if tokens is not None:
         batch: list[list[int]] = [_token_ids(tokens)]
     elif chat:
         batch = [_chat_tokens(model, _messages(system, prompt)) for prompt in prompts]

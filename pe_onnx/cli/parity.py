@@ -11,10 +11,10 @@ from pe_onnx.cli._options import bundle_argument, json_option, print_json, provi
 @bundle_argument
 @click.option("--reference", metavar="PATH", help="The checkpoint to compare with, where it is not where it was.")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare on this text; several make rows.")
-@click.option("--length", default=None, type=int, metavar="N", help="Tokens of each random row. [160]")
+@click.option("--length", type=click.IntRange(2), metavar="N", help="Tokens of each random row. [160]")
 @click.option("--mode", "modes", multiple=True, metavar="NAME", help="Only this mode; may be given again.")
 @click.option("--tolerance", type=float, metavar="X", help="Of the error relative to the spread, for the dtype's.")
-@click.option("--seed", default=0, metavar="N", help="Of the random rows.")
+@click.option("--seed", default=0, type=click.IntRange(0), metavar="N", help="Of the random rows.")
 @provider_option
 @threads_option
 @json_option
@@ -37,6 +37,7 @@ def command(
     """
     from pe_onnx.bundle import read_bundle
     from pe_onnx.cli._options import stages
+    from pe_onnx.errors import ParityError
     from pe_onnx.parity import DEFAULT_TOKENS, check_parity
 
     rows = None
@@ -64,7 +65,11 @@ def command(
     else:
         _print(report)
     if not report.passed:
-        raise SystemExit(1)
+        worst = max(report.modes, key=lambda mode: mode.relative_error)
+        raise ParityError(
+            f"parity failed: {bundle} is off by {worst.relative_error:.1e} of the spread in mode {worst.mode}, first "
+            f"at {worst.first_difference or 'no single token'}; {report.dtype} allows {report.tolerance.error:.0e}"
+        )
 
 
 def _print(report) -> None:  # type: ignore[no-untyped-def]
