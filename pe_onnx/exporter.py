@@ -92,6 +92,8 @@ def export(
         progress("load")
         last_only = logits == "last"
         if encoding is not None:
+            for key in {"encoding", "encoding_parameters"} & (config or {}).keys():
+                raise ConfigError(f"{key!r} cannot stand among the configuration's fields: it has its own argument")
             fields = {
                 "encoding": encoding,
                 "encoding_parameters": dict(encoding_parameters or {}),

@@ -311,7 +311,8 @@ def _as_ids(tokens: Tokens | Array) -> Array:
     try:
         return np.asarray(tokens, np.int64).reshape(-1)
     except (OverflowError, ValueError, TypeError):
-        raise InputError("token ids must be integers; one is not, or has more than 64 bits") from None
+        wrong = next((t for t in tokens if not isinstance(t, int) or not -(2**63) <= t < 2**63), tokens)
+        raise InputError(f"token id {wrong!r} must be an integer of 64 bits") from None
 
 
 def _first_outside(ids: Array, vocab_size: int) -> int:

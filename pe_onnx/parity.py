@@ -113,6 +113,10 @@ def check_parity(
     error, in place of the dtype's. Raises CheckpointError where the reference cannot be had.
     """
     bundle = read_bundle(folder)
+    if tokens < 2:
+        raise ConfigError(f"length = {tokens} must be at least 2 tokens")
+    if seed < 0 or (tolerance is not None and not tolerance >= 0):
+        raise ConfigError(f"seed = {seed} and tolerance = {tolerance} must be at least 0")
     limit = min(tokens, bundle.max_length or tokens)
     if rows is None:
         rng = np.random.default_rng(seed)
@@ -120,8 +124,6 @@ def check_parity(
     arrays = [np.asarray(row, np.int64) for row in rows]
     if any(row.size < 2 for row in arrays):
         raise InputError("parity needs rows of at least 2 tokens")
-    if tokens < 2 or seed < 0 or (tolerance is not None and not tolerance >= 0):
-        raise ConfigError(f"tokens = {tokens} must be at least 2, seed = {seed} and tolerance = {tolerance} at least 0")
     wanted = list(modes or _modes(bundle))
     for mode in wanted:
         if mode not in MODES:
@@ -145,10 +147,10 @@ class _Expected:
     """The reference's logits of every row, computed once."""
 
     def __init__(self, compute: Reference, rows: list[Array], vocab_size: int) -> None:
-        self.logits = [compute(row[None])[0] for row in rows]
-        width = self.logits[0].shape[-1]
+        width = compute(np.zeros((1, 1), np.int64)).shape[-1]
         if width != vocab_size:
             raise CheckpointError(f"the reference has a vocabulary of {width}, the bundle of {vocab_size}")
+        self.logits = [compute(row[None])[0] for row in rows]
         self.spread = float(np.concatenate([x.reshape(-1) for x in self.logits]).std())
 
 
