@@ -98,8 +98,9 @@ def read_bundle(folder: str | Path, verify: bool = True) -> Bundle:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        missing = isinstance(error, FileNotFoundError) and not folder.exists()
-        what = "it does not exist" if missing else f"{MANIFEST} cannot be read ({_reason(error)})"
+        what = f"its {MANIFEST} cannot be read ({_reason(error)})"
+        if isinstance(error, FileNotFoundError):
+            what = f"it has no {MANIFEST}" if folder.exists() else "it does not exist"
         raise BundleError(f"{folder} is not a bundle: {what}; make one with `pe-onnx export -o DIR`") from None
     try:
         manifest = json.loads(text)
