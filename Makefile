@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/pe-onnx parity demo/smollm2 --prompt "The capital of France is" --prompt "def fibonacci(n):" \
 	  --prompt "Water boils at a temperature of" --prompt "Once upon a time, there was a" \
 	  --prompt "In 1969, the first human landed on the"
-	$(BIN)/pe-onnx generate demo/smollm2 --echo -n 32 --stop "\n" "The capital of France is"
+	$(BIN)/pe-onnx generate demo/smollm2 --echo -n 32 --stop "." "The capital of France is"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,7 +34,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
 benchmark: $(READY)
-	$(BIN)/python benchmarks/encodings.py
+	$(BIN)/python benchmarks/encodings.py --readme README.md
 	$(BIN)/python benchmarks/memory.py
 
 clean:

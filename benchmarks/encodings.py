@@ -121,7 +121,17 @@ def table(title: str, figures: dict[int, dict[str, float]], digits: int, inverse
 @click.option("--prefills", default=3, show_default=True, help="Prompts of each contestant.")
 @click.option("--threads", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
-def main(contexts: str, preset: str, rounds: int, repeats: int, prefills: int, threads: int, output: Path) -> None:
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the tables into this file too.")
+def main(
+    contexts: str,
+    preset: str,
+    rounds: int,
+    repeats: int,
+    prefills: int,
+    threads: int,
+    output: Path,
+    readme: Path | None,
+) -> None:
     """Measure the six encodings side by side."""
     import onnxruntime
 
@@ -159,9 +169,13 @@ def main(contexts: str, preset: str, rounds: int, repeats: int, prefills: int, t
         "decode_at_512_tokens_by_buffer": buffers,
     }
     output.write_text(json.dumps(result, indent=2) + "\n")
-    click.echo(table("decode, ms/token", decode, 2, False) + "\n")
-    click.echo(table("prefill, tokens/s", prefill, 0, True) + "\n")
+    tables = table("decode, ms/token", decode, 2, False) + "\n\n" + table("prefill, tokens/s", prefill, 0, True)
+    click.echo(tables)
     click.echo(f"decode at 512 tokens, 8192-token buffer over 1024-token buffer: {buffers['ratio']:.3f}")
+    if readme is not None:
+        begin, end = "<!-- benchmarks/encodings.py -->\n", "<!-- end -->"
+        before, rest = readme.read_text("utf-8").split(begin)
+        readme.write_text(f"{before}{begin}{tables}\n{end}{rest.split(end, 1)[1]}", "utf-8")
 
 
 if __name__ == "__main__":
