@@ -26,11 +26,7 @@ def AlibiBias(slopes: FLOAT, query_positions: INT64, key_positions: INT64) -> FL
     return opset23.CastLike(per_head * (keys - queries), slopes)  # [H, 1, 1] * [B, 1, T, S]
 
 
-def _translate(slopes, query_positions, key_positions):
-    return AlibiBias(slopes, query_positions, key_positions)
-
-
-@operator(_fake, _translate)
+@operator(_fake, AlibiBias)
 def alibi_bias(slopes: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
     """The bias to add to the scaled scores.
 

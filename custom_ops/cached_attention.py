@@ -10,7 +10,7 @@ nothing else: padding stands on the right. The new tokens of a row end there::
 When past and present are one buffer, as our runtime binds them, nothing is copied.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from onnxscript import FLOAT, INT32, opset23, script
@@ -25,14 +25,8 @@ def _fake(
     value: torch.Tensor,
     past_key: torch.Tensor,
     past_value: torch.Tensor,
-    last_slots: torch.Tensor,
-    total_length: torch.Tensor,
-    bias: torch.Tensor | None,
-    num_heads: int,
-    kv_heads: int,
-    scale: float,
-    softcap: float = 0.0,
-    window: int = -1,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (B, T, _), (_, K, P, D) = query.shape, past_key.shape
     return (
@@ -55,8 +49,8 @@ def CachedAttention(
     num_heads: int,
     kv_heads: int,
     scale: float,
-    softcap: float,
-    window: int,
+    softcap: float = 0.0,
+    window: int = -1,
 ) -> tuple[FLOAT, FLOAT, FLOAT]:
     output, present_key, present_value = GroupQueryAttention(
         query,
@@ -79,39 +73,7 @@ def CachedAttention(
     return output, present_key, present_value
 
 
-def _translate(
-    query,
-    key,
-    value,
-    past_key,
-    past_value,
-    last_slots,
-    total_length,
-    bias,
-    num_heads,
-    kv_heads,
-    scale,
-    softcap=0.0,
-    window=-1,
-):
-    return CachedAttention(
-        query,
-        key,
-        value,
-        past_key,
-        past_value,
-        last_slots,
-        total_length,
-        bias,
-        num_heads=num_heads,
-        kv_heads=kv_heads,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-    )
-
-
-@operator(_fake, _translate)
+@operator(_fake, CachedAttention)
 def cached_attention(
     query: torch.Tensor,
     key: torch.Tensor,

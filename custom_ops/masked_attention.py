@@ -6,6 +6,8 @@ on which execution providers disagree when there is a past::
     softmax(softcap(scale q k^T) + mask) v        softcap(x) = c tanh(x / c), or x for c = 0
 """
 
+from typing import Any
+
 import torch
 from onnxscript import FLOAT, opset23, script
 
@@ -19,11 +21,8 @@ def _fake(
     value: torch.Tensor,
     past_key: torch.Tensor,
     past_value: torch.Tensor,
-    mask: torch.Tensor,
-    num_heads: int,
-    kv_heads: int,
-    scale: float,
-    softcap: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (B, T, _), (_, K, P, D) = query.shape, past_key.shape
     return (
@@ -44,7 +43,7 @@ def MaskedAttention(
     num_heads: int,
     kv_heads: int,
     scale: float,
-    softcap: float,
+    softcap: float = 0.0,
 ) -> tuple[FLOAT, FLOAT, FLOAT]:
     output, present_key, present_value = opset23.Attention(
         query,
@@ -61,22 +60,7 @@ def MaskedAttention(
     return output, present_key, present_value
 
 
-def _translate(query, key, value, past_key, past_value, mask, num_heads, kv_heads, scale, softcap=0.0):
-    return MaskedAttention(
-        query,
-        key,
-        value,
-        past_key,
-        past_value,
-        mask,
-        num_heads=num_heads,
-        kv_heads=kv_heads,
-        scale=scale,
-        softcap=softcap,
-    )
-
-
-@operator(_fake, _translate)
+@operator(_fake, MaskedAttention)
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -7,8 +7,9 @@ not know which one it has.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -19,13 +20,27 @@ LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each ``[B, K, P, D]``."""
 
 
-class Step(Protocol):
+class Heads(NamedTuple):
+    """What an attention layer is made of, beside its tensors."""
+
+    num_heads: int
+    kv_heads: int
+    scale: float
+    softcap: float
+    window: int
+
+
+class Step(ABC):
     """One forward pass: T new tokens after a past, in every layer."""
 
-    query_positions: torch.Tensor  # int64 [B, T]
-    key_positions: torch.Tensor | None  # int64 [B, S]; None: 0 .. key_length - 1
-    key_length: int  # S
+    query_positions: torch.Tensor
+    """int64 ``[B, T]``."""
+    key_positions: torch.Tensor | None
+    """int64 ``[B, S]``; None for 0 .. key_length - 1 in every row."""
+    key_length: int
+    """S."""
     presents: list[LayerCache]
+    """The caches after the step, filled in layer by layer."""
 
     def attend(
         self,
@@ -41,15 +56,30 @@ class Step(Protocol):
         softcap: float = 0.0,
         window: int = -1,
     ) -> torch.Tensor:
-        """Packed query ``[B, T, H*D]``, key and value ``[B, T, K*D]`` to output ``[B, T, H*D]``."""
-        ...
+        """Packed query ``[B, T, H*D]``, key and value ``[B, T, K*D]`` to output ``[B, T, H*D]``.
 
+        bias: ``[B or 1, H, T, S]``, added to the scores after the soft-cap. softcap: c of c tanh(score / c), 0 for
+        none. window: tokens that a query sees, itself included; -1 for all.
+        """
+        return self._attend(layer, query, key, value, bias, Heads(num_heads, kv_heads, scale, softcap, window))
+
+    @abstractmethod
+    def _attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        heads: Heads,
+    ) -> torch.Tensor: ...
+
+    @abstractmethod
     def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[B, T, C]`` to ``[B, 1, C]``: for each row the last new token that is no padding."""
-        ...
 
 
-class CompactStep:
+class CompactStep(Step):
     """Rows that hold their tokens in the first slots; only the sum of the mask is read. Needs D % 16 == 0."""
 
     def __init__(self, attention_mask: torch.Tensor, new_tokens: int, past: Sequence[LayerCache]) -> None:
@@ -63,19 +93,14 @@ class CompactStep:
         self.last_slots = (self.lengths - 1).to(torch.int32)
         self.total_length = torch.full((1,), self.key_length, dtype=torch.int32, device=attention_mask.device)
 
-    def attend(
+    def _attend(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        num_heads: int,
-        kv_heads: int,
-        scale: float,
-        bias: torch.Tensor | None = None,
-        softcap: float = 0.0,
-        window: int = -1,
+        bias: torch.Tensor | None,
+        heads: Heads,
     ) -> torch.Tensor:
         output, present_key, present_value = cached_attention(
             query,
@@ -85,11 +110,7 @@ class CompactStep:
             self.last_slots,
             self.total_length,
             bias,
-            num_heads,
-            kv_heads,
-            scale,
-            softcap,
-            window,
+            *heads,
         )
         self.presents[layer] = (present_key, present_value)
         return output
@@ -99,7 +120,7 @@ class CompactStep:
         return _take(hidden, index)
 
 
-class MaskedStep:
+class MaskedStep(Step):
     """Any padding: a token's position is the number of valid tokens before it, and invalid keys are not seen."""
 
     def __init__(self, attention_mask: torch.Tensor, new_tokens: int, past: Sequence[LayerCache]) -> None:
@@ -107,9 +128,9 @@ class MaskedStep:
         self.presents: list[LayerCache] = [past[0]] * len(past)
         self.valid = attention_mask != 0  # [B, S]
         self.key_length = attention_mask.shape[1]
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
-        self.key_positions = positions
-        self.query_positions = positions[:, self.key_length - new_tokens :]
+        self.positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+        self.key_positions = self.positions
+        self.query_positions = self.positions[:, self.key_length - new_tokens :]
         self.new_tokens = new_tokens
         self._seen: dict[int, torch.Tensor] = {}
 
@@ -120,31 +141,24 @@ class MaskedStep:
             queries = slots[self.key_length - self.new_tokens :, None]  # [T, 1]
             seen = (slots <= queries) & self.valid[:, None, None, :]  # [B, 1, T, S]
             if window >= 0:  # of tokens: padding between them does not count
-                distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+                distance = self.query_positions[:, :, None] - self.positions[:, None, :]
                 seen = seen & (distance < window)[:, None]
             self._seen[window] = seen | (slots == queries)
         return self._seen[window]
 
-    def attend(
+    def _attend(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        num_heads: int,
-        kv_heads: int,
-        scale: float,
-        bias: torch.Tensor | None = None,
-        softcap: float = 0.0,
-        window: int = -1,
+        bias: torch.Tensor | None,
+        heads: Heads,
     ) -> torch.Tensor:
-        mask = self.seen(window)
+        mask = self.seen(heads.window)
         if bias is not None:
             mask = torch.where(mask, bias, float("-inf"))
-        output, present_key, present_value = masked_attention(
-            query, key, value, *self.past[layer], mask, num_heads, kv_heads, scale, softcap
-        )
+        output, present_key, present_value = masked_attention(query, key, value, *self.past[layer], mask, *heads[:4])
         self.presents[layer] = (present_key, present_value)
         return output
 
@@ -154,7 +168,7 @@ class MaskedStep:
         return _take(hidden, index)
 
 
-class PlainStep:
+class PlainStep(Step):
     """The reference: all tokens at once, no cache, no custom operator, the plain formula."""
 
     def __init__(self, attention_mask: torch.Tensor, causal: bool = True) -> None:
@@ -164,27 +178,22 @@ class PlainStep:
         self.valid = attention_mask != 0
         self.causal = causal
 
-    def attend(
+    def _attend(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        num_heads: int,
-        kv_heads: int,
-        scale: float,
-        bias: torch.Tensor | None = None,
-        softcap: float = 0.0,
-        window: int = -1,
+        bias: torch.Tensor | None,
+        heads: Heads,
     ) -> torch.Tensor:
         q, k, v = (
-            x.unflatten(-1, (heads, -1)).transpose(1, 2).repeat_interleave(num_heads // heads, 1)
-            for x, heads in ((query, num_heads), (key, kv_heads), (value, kv_heads))
+            x.unflatten(-1, (n, -1)).transpose(1, 2).repeat_interleave(heads.num_heads // n, 1)
+            for x, n in ((query, heads.num_heads), (key, heads.kv_heads), (value, heads.kv_heads))
         )  # each [B, H, T, D]
-        scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * heads.scale
+        if heads.softcap:
+            scores = heads.softcap * torch.tanh(scores / heads.softcap)
         if bias is not None:
             scores = scores + bias
         slots = torch.arange(self.key_length, device=q.device)
@@ -192,8 +201,8 @@ class PlainStep:
         seen = self.valid[:, None, None, :] | (distance == 0)
         if self.causal:
             seen = seen & (distance >= 0)
-        if window >= 0:
-            seen = seen & (distance < window)
+        if heads.window >= 0:
+            seen = seen & (distance < heads.window)
         weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
         return torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2)
 
