@@ -28,8 +28,15 @@ class PositionalEncoding(nn.Module):
     """Base of all encodings. A subclass takes the decoder's config and its own parameters as keywords."""
 
     hook: ClassVar[Hook] = "none"
-    operator: ClassVar[str] = ""
-    """The custom operator it uses, as it reads in the ONNX file; empty for none."""
+    """Which of the three a subclass overrides, found when it is defined."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hooks: tuple[Hook, ...] = ("embed", "rotate", "bias")
+        changed = [hook for hook in hooks if getattr(cls, hook) is not getattr(PositionalEncoding, hook)]
+        if len(changed) > 1:
+            raise TypeError(f"{cls.__name__} overrides {' and '.join(changed)}; an encoding has one hook")
+        cls.hook = changed[0] if changed else "none"
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -60,11 +67,13 @@ class PositionalEncoding(nn.Module):
 def build_encoding(config: DecoderConfig) -> PositionalEncoding:
     """The encoding that a config names, with its parameters. Raises ConfigError for what is unknown."""
     module = discovery.load("encodings", config.encoding)
-    cls = next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, PositionalEncoding) and value.__module__ == module.__name__
-    )
+    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    classes = [x for x in own if issubclass(x, PositionalEncoding)]
+    if len(classes) != 1:
+        raise ConfigError(
+            f"encoding {config.encoding!r}: its file must hold one PositionalEncoding, has {len(classes)}"
+        )
+    cls = classes[0]
     accepted = declared_parameters(cls)
     for name in config.encoding_parameters:
         if name not in accepted:
@@ -110,6 +119,8 @@ def _converted(encoding: str, defaults: Mapping[str, Any], given: Mapping[str, A
     result = {}
     for name, value in given.items():
         kind = type(defaults[name])
+        if kind not in CONVERSIONS:
+            raise ConfigError(f"encoding {encoding!r}: the default of {name} must be a bool, an int or a float")
         try:
             result[name] = CONVERSIONS[kind](value)
         except (ValueError, KeyError, TypeError, OverflowError):

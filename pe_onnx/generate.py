@@ -40,6 +40,7 @@ class Timing:
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     new_tokens: int = 0
+    """Made by decode steps: all but the first of each row, which the prefill gives."""
     decode_s: float = 0.0
 
     @property
@@ -129,10 +130,16 @@ class Model:
         prompts, single = self._prompts(prompt)
         options = sampling or SamplingOptions()
         sampler = Sampler(options, len(prompts))
-        rows = [_Row(list(ids), len(ids), TextStream(self.tokenizer, stop, prompt=ids)) for ids in prompts]
+        seen = cache.tokens if cache is not None else [[] for _ in prompts]
+        rows = [
+            _Row([*before, *ids], len(ids), TextStream(self.tokenizer, stop, prompt=ids))
+            for before, ids in zip(seen, prompts, strict=True)
+        ]
         ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
         if cache is None:
             cache = self.cache(len(prompts), max_length)
+        elif max_length is not None:
+            raise ConfigError(f"max_length = {max_length} is for a new cache; the one given has its own")
         self.timing = Timing(prompt_tokens=sum(row.prompt_tokens for row in rows))
 
         begin = time.perf_counter()
@@ -144,12 +151,13 @@ class Model:
             for b, row in enumerate(rows):
                 if row.finish_reason is None:
                     self._accept(b, row, int(tokens[b]), ends, stream)
-            self.timing.new_tokens += sum(row.finish_reason is None or len(row.tokens) == step + 1 for row in rows)
+                if cache.max_length is not None and cache.lengths[b] >= cache.max_length:
+                    row.finish_reason = row.finish_reason or "length"
             active = np.array([row.finish_reason is None for row in rows])
-            full = cache.max_length is not None and int(cache.lengths.max()) >= cache.max_length
-            if not active.any() or step + 1 == max_new_tokens or full:
+            if not active.any() or step + 1 == max_new_tokens:
                 break
             logits = cache.decode(tokens, active)
+            self.timing.new_tokens += int(active.sum())
         self.timing.decode_s = time.perf_counter() - begin
 
         results = []

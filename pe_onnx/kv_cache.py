@@ -43,7 +43,7 @@ class KVCache(ABC):
         bundle = session.bundle
         hard = bundle.max_length
         if max_length is not None and hard is not None and max_length > hard:
-            raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the learned table")
+            raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
         if batch_size < 1 or chunk_tokens < 1 or (max_length is not None and max_length < 1):
             raise ConfigError(
                 f"batch_size = {batch_size}, chunk_tokens = {chunk_tokens} and max_length = {max_length} must be at "
@@ -58,6 +58,8 @@ class KVCache(ABC):
         self.past_names = contract.past_names(self.layers)
         self.present_names = contract.present_names(self.layers)
         self.lengths = np.zeros(batch_size, np.int64)
+        self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        """What each row holds."""
 
     def prefill(self, rows: Sequence[Tokens], all_logits: bool = False) -> list[Array]:
         """Append each row's tokens, in chunks; at least one token a row.
@@ -70,7 +72,10 @@ class KVCache(ABC):
         if all_logits and self.session.bundle.logits != "all":
             raise ConfigError("the bundle gives the logits of the last token; export it with --logits all")
         arrays = [self._checked(row, int(length)) for row, length in zip(rows, self.lengths, strict=True)]
-        return self._prefill(arrays, all_logits)
+        logits = self._prefill(arrays, all_logits)
+        for held, row in zip(self.tokens, arrays, strict=True):
+            held.extend(row.tolist())
+        return logits
 
     def decode(self, tokens: Sequence[int] | Array, active: Array | None = None) -> Array:
         """Append one token a row and return the logits, float32 ``[B, V]``, valid until the next call.
@@ -86,6 +91,8 @@ class KVCache(ABC):
         self._check_length(int(self.lengths.max(initial=0, where=moving)) + 1)
         logits = self._decode(ids, moving)
         self.lengths += moving
+        for b in np.flatnonzero(moving):
+            self.tokens[b].append(int(ids[b]))
         return logits
 
     def reserve(self, tokens: int) -> None:  # noqa: B027
@@ -115,7 +122,7 @@ class KVCache(ABC):
         if self.max_length is not None and length > self.max_length:
             hard = self.session.bundle.max_length
             if hard is not None and self.max_length >= hard:
-                raise InputError(f"{length} tokens are more than the {hard} positions of the learned table")
+                raise InputError(f"{length} tokens are more than the {hard} positions of the encoding")
             raise InputError(
                 f"{length} tokens are more than max_length = {self.max_length}; give a greater --max-length"
             )
@@ -147,8 +154,9 @@ class InPlaceCache(KVCache):
         """Make room for ``tokens`` a row, at least doubling, so that growth copies each token about once."""
         if tokens <= self.capacity:
             return
-        limit = self.max_length or tokens
-        capacity = max(tokens, min(2 * self.capacity, limit))
+        capacity = max(tokens, 2 * self.capacity)
+        if self.max_length is not None:
+            capacity = min(capacity, max(tokens, self.max_length))
         shape = self.session.bundle.shape
         B, K, D = self.batch_size, shape["kv_heads"], shape["head_size"]
         filled = int(self.lengths.max(initial=0))
@@ -228,7 +236,7 @@ class InPlaceCache(KVCache):
         total = int(lengths.max())
         self.reserve(total)
         self._ids.host[:, 0] = ids
-        self._positions.host[:, 0] = self.lengths
+        self._positions.host[:, 0] = np.where(moving, self.lengths, np.maximum(self.lengths - 1, 0))
         mask = self._mask.host[: self.batch_size * total].reshape(self.batch_size, total)
         np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
         for array in (self._ids, self._positions, self._mask):
@@ -276,12 +284,15 @@ class GrowingCache(KVCache):
         return list(parts[-1][:, 0])
 
     def _decode(self, ids: Array, moving: Array) -> Array:
-        logits = self.run(ids[:, None], moving.astype(np.int64)[:, None])
-        self.lengths -= moving  # decode() counts them
-        return logits[:, -1]
+        return self._append(ids[:, None], moving.astype(np.int64)[:, None])[:, -1]
 
     def run(self, ids: Array, valid: Array) -> Array:
         """Append a block of tokens ``[B, T]`` with any zeros in ``valid``; logits ``[B, T or 1, V]``."""
+        logits = self._append(ids, valid)
+        self.lengths += valid.sum(1)
+        return logits
+
+    def _append(self, ids: Array, valid: Array) -> Array:
         self.mask = np.concatenate((self.mask, valid), 1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         binding = self.session.binding()
@@ -294,7 +305,6 @@ class GrowingCache(KVCache):
             binding.bind_output(name, self.session.device)
         self.session.run(binding)
         logits, *self._past = binding.get_outputs()
-        self.lengths += valid.sum(1)
         return logits.numpy()
 
 
@@ -309,6 +319,8 @@ def make_cache(
 def _as_ids(tokens: Tokens | Array) -> Array:
     """int64 ``[n]``. Raises InputError for what is no list of integers of 64 bits."""
     try:
+        if np.asarray(tokens).dtype.kind == "f" and len(tokens):
+            raise ValueError
         return np.asarray(tokens, np.int64).reshape(-1)
     except (OverflowError, ValueError, TypeError):
         wrong = next((t for t in tokens if not isinstance(t, int) or not -(2**63) <= t < 2**63), tokens)

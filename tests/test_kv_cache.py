@@ -125,7 +125,7 @@ def test_what_a_cache_refuses(bundles: Bundles, target: str) -> None:
 def test_a_learned_table_is_a_hard_limit(tmp_path: Path) -> None:
     pe_onnx.export(encoding="learned", output=tmp_path / "b", config={"max_position_embeddings": 40})
     model = pe_onnx.load(tmp_path / "b")
-    with pytest.raises(ConfigError, match="more than the 40 positions of the learned table"):
+    with pytest.raises(ConfigError, match="more than the 40 positions of the encoding"):
         model.cache(1, max_length=41)
     with pytest.raises(InputError, match="41 tokens are more than the 40 positions"):
         model.cache().prefill([TOKENS[:41]])

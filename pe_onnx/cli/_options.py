@@ -25,7 +25,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON doc
 
 def print_json(value: Any) -> None:
     """One document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def parse_encoding(spec: str) -> tuple[str, dict[str, str]]:

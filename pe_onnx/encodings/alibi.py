@@ -26,9 +26,6 @@ def slopes(num_heads: int) -> torch.Tensor:
 class Alibi(PositionalEncoding):
     """No parameters; any head count."""
 
-    hook = "bias"
-    operator = "pe_onnx::AlibiBias"
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.slopes = slopes(config.num_attention_heads).float()  # no buffer: half() would round it

@@ -17,8 +17,6 @@ from pe_onnx.encoding import PositionalEncoding
 class Learned(PositionalEncoding):
     """A table ``[max_position_embeddings, C]``."""
 
-    hook = "embed"
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)

@@ -22,9 +22,6 @@ from pe_onnx.errors import ConfigError
 class Rope(PositionalEncoding):
     """theta: the base. interleaved: pairs (2i, 2i+1) in place of (i, i + R/2). rotary_dim: R, 0 for the head size."""
 
-    hook = "rotate"
-    operator = "pe_onnx::RotaryEmbedding"
-
     def __init__(
         self,
         config: DecoderConfig,

@@ -19,8 +19,6 @@ from pe_onnx.errors import ConfigError
 class Sinusoidal(PositionalEncoding):
     """theta: the base of the wavelengths, 2 pi to 2 pi theta tokens."""
 
-    hook = "embed"
-
     def __init__(self, config: DecoderConfig, *, theta: float = 10000.0) -> None:
         super().__init__(config)
         C = config.hidden_size

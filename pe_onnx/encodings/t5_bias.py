@@ -18,9 +18,6 @@ from pe_onnx.encoding import PositionalEncoding
 class T5Bias(PositionalEncoding):
     """num_buckets and max_distance (tokens) as in T5's config."""
 
-    hook = "bias"
-    operator = "pe_onnx::T5RelativeBias"
-
     def __init__(self, config: DecoderConfig, *, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(config)
         bucket_of_distance(num_buckets, max_distance)  # refuses what has no meaning
