@@ -169,7 +169,7 @@ class MaskedStep(Step):
 
 
 class PlainStep(Step):
-    """The reference: all tokens at once, no cache, no custom operator, the plain formula."""
+    """The reference: all tokens at once, no cache, attention by the plain formula."""
 
     def __init__(self, attention_mask: torch.Tensor, causal: bool = True) -> None:
         self.presents: list[LayerCache] = []

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pe_onnx.errors import CheckpointError
+from pe_onnx.models.encoding_config import read_encoding
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,8 +22,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""RoPE types whose angles do not depend on the length of the sequence."""
+TOKENIZER_SOURCES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
 @dataclasses.dataclass
@@ -45,7 +44,8 @@ def load(path: Path) -> Loaded:
     folder, gguf = locate(path)
     model = load_model(path)
     config = model.config.get_text_config(decoder=True)
-    encoding, parameters, max_length = read_encoding(model, "GGUF metadata" if gguf else "config.json")
+    raw = None if gguf else json.loads((folder / "config.json").read_text("utf-8"))
+    encoding, parameters, max_length = read_encoding(model, raw)
     config_json = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
     config_json["architectures"] = [type(model).__name__]
     tokenizer, write_assets = _tokenizer(folder, gguf)
@@ -115,24 +115,6 @@ def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
     return model.eval()
 
 
-def read_encoding(model: PreTrainedModel, origin: str) -> tuple[str, dict[str, dict[str, Any]], int | None]:
-    """Name, parameters with their origins, and the hard limit on positions of a model's encoding."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None)
-    if rope:
-        if not isinstance(rope.get("rope_type"), str):
-            raise CheckpointError(f"{config.model_type}: rope_parameters differ by layer type, not supported yet")
-        kind = rope["rope_type"]
-        if kind not in ROPE_TYPES:
-            raise CheckpointError(f"rope_type = {kind!r} is not supported yet (supported: {', '.join(ROPE_TYPES)})")
-        return "rope", {name: {"value": value, "origin": origin} for name, value in rope.items()}, None
-    table = next((m for name, m in model.named_modules() if name.endswith("wpe") and isinstance(m, nn.Embedding)), None)
-    if table is not None and config.model_type == "gpt2":
-        n = table.num_embeddings
-        return "learned", {"max_position_embeddings": {"value": n, "origin": origin}}, n
-    raise CheckpointError(f"model_type = {config.model_type!r} is not supported yet: its encoding is not known")
-
-
 def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None, Callable[[Path], None]]:
     """The manifest's entry, and a function that writes the tokenizer's files into the bundle."""
     if gguf is None and (folder / "tokenizer.json").is_file():
@@ -149,8 +131,9 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
         )
         if getattr(tokenizer, "is_fast", False):
             return {"kind": "tokenizer.json"}, lambda target: tokenizer.save_pretrained(target) and None
-    except Exception:  # no tokenizer that transformers knows; a plain vocabulary may still do
-        pass
+        reason = "its tokenizer has no fast form"
+    except Exception as error:  # none that transformers knows; a plain vocabulary may still do
+        reason = str(error).strip().split("\n", 1)[0]
     if _plain_vocabulary(folder):
 
         def copy_vocabulary(target: Path) -> None:
@@ -159,6 +142,9 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
                     shutil.copyfile(folder / name, target / name)
 
         return {"kind": "vocab"}, copy_vocabulary
+    held = [name for name in TOKENIZER_SOURCES if (folder / name).is_file()]
+    if held or gguf:
+        raise CheckpointError(f"checkpoint {folder}: {gguf or held[0]} holds a tokenizer that cannot be read: {reason}")
     return None, lambda target: None
 
 

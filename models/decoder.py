@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         return c * torch.tanh(logits / c) if c else logits
 
     def _draw_weights(self) -> None:
-        """Unit-variance queries, keys and residual branches; the same numbers on every machine for a seed."""
+        """Unit-variance queries, keys and residual branches; a seed's numbers hold for a version of PyTorch."""
         generator = torch.Generator().manual_seed(self.config.seed)
         branch = (2 * self.config.num_hidden_layers) ** -0.5
         gains = {"q_proj.weight": 1.5, "k_proj.weight": 1.5, "head.weight": 3.0}

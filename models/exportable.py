@@ -1,4 +1,4 @@
-"""What export.py needs of a model, wherever it comes from."""
+"""What exporter.py needs of a model, wherever it comes from."""
 
 from __future__ import annotations
 

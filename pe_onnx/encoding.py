@@ -71,7 +71,7 @@ def build_encoding(config: DecoderConfig) -> PositionalEncoding:
     classes = [x for x in own if issubclass(x, PositionalEncoding)]
     if len(classes) != 1:
         raise ConfigError(
-            f"encoding {config.encoding!r}: its file must hold one PositionalEncoding, has {len(classes)}"
+            f"encoding {config.encoding!r}: its file holds {len(classes)} PositionalEncoding classes, not one"
         )
     cls = classes[0]
     accepted = declared_parameters(cls)

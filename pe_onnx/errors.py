@@ -60,11 +60,10 @@ def needs(what: str, extra: str) -> Iterator[None]:
     """Around imports: a package that is missing becomes one line that names the extra it belongs to."""
     try:
         yield
-    except ImportError as error:
-        if isinstance(error, PeOnnxError):
-            raise
-        name = error.name or str(error)
-        raise MissingDependencyError(f"{what} needs {name}, which is not installed: pip install {extra}") from error
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{error.name} is not installed, and {what} needs it: pip install {extra}"
+        ) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,10 +7,10 @@ stay where the module holds them and are turned and written one tensor at a time
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import warnings
 from collections import Counter
@@ -52,7 +52,7 @@ def export(
     encoding: str | None = None,
     encoding_parameters: Mapping[str, Any] | None = None,
     model: str | Path | None = None,
-    preset: str = "tiny",
+    preset: str | None = None,
     config: Mapping[str, Any] | None = None,
     target: str = "ort",
     dtype: str = "fp32",
@@ -87,6 +87,14 @@ def export(
     if len(given) != 1:
         raise ConfigError(f"give one of encoding, model and a module; received {' and '.join(given) or 'none'}")
 
+    belonging: dict[str, dict[str, Any]] = {
+        "encoding": {"encoding_parameters": encoding_parameters, "preset": preset, "config": config},
+        "a module": {"layers": layers, "kv_heads": kv_heads, "head_size": head_size},
+    }
+    for kind, options in belonging.items():
+        astray = [name for name, value in options.items() if value is not None]
+        if astray and given != [kind]:
+            raise ConfigError(f"{astray[0]} is for {kind}; received {given[0]}")
     quiet = contextlib.nullcontext() if verbose else silenced()
     with quiet:
         progress("load")
@@ -99,9 +107,9 @@ def export(
                 "encoding_parameters": dict(encoding_parameters or {}),
                 **(config or {}),
             }
-            exportable = from_config(
-                DecoderConfig.preset(preset, **fields), cast(contract.Target, target), last_only, preset
-            )
+            preset = preset or "tiny"
+            resolved = DecoderConfig.preset(preset, **fields)
+            exportable = from_config(resolved, cast(contract.Target, target), last_only, preset)
         elif model is not None:
             with needs("a checkpoint", "'pe-onnx[export]'"):
                 from pe_onnx.models.bridge import from_checkpoint
@@ -109,6 +117,8 @@ def export(
             exportable = from_checkpoint(Path(model), cast(contract.Target, target), last_only)
         else:
             assert source is not None
+            if dtype == "fp16":
+                source = copy.deepcopy(source)  # the caller's own keeps its precision
             exportable, found = _from_module(source, layers, kv_heads, head_size)
             if given_logits not in (None, found):
                 raise ConfigError(f"logits = {given_logits!r}, and the module gives the logits of {found}")
@@ -152,6 +162,19 @@ def to_onnx(
             dynamo=True,
             verbose=False,
         )
+        assert onnx_program is not None
+        model = onnx_program.model
+        _check_operators(model, target)
+        progress("optimize")
+        TransposedWeights()(model)
+        optimizer.optimize_ir(model, inline=True)
+        fuse_rms_normalization(model)
+        optimizer.optimize_ir(model, inline=False)
+        ContractNames(
+            contract.input_shapes(E.layers, E.kv_heads, E.head_size),
+            contract.output_shapes(E.layers, E.kv_heads, E.head_size, E.vocab_size, logits),
+            {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype],
+        )(model)
     except PeOnnxError:
         raise
     except Exception as error:
@@ -159,18 +182,7 @@ def to_onnx(
         if isinstance(cause, PeOnnxError):
             raise cause from error
         first_line = str(cause).strip().split("\n", 1)[0]
-        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}; -v shows everything") from error
-    assert onnx_program is not None
-    model = onnx_program.model
-    progress("optimize")
-    TransposedWeights()(model)
-    optimizer.optimize_ir(model, inline=True)
-    fuse_rms_normalization(model)
-    optimizer.optimize_ir(model, inline=False)
-    ContractNames(
-        contract.input_shapes(E.layers, E.kv_heads, E.head_size),
-        contract.output_shapes(E.layers, E.kv_heads, E.head_size, E.vocab_size, logits),
-    )(model)
+        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}") from error
     if target == "ort":
         model.opset_imports["com.microsoft"] = 1
     model.producer_name, model.producer_version = "pe-onnx", __version__
@@ -209,6 +221,15 @@ def _write(
             (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         exportable.write_assets(folder)
     return read_bundle(output, verify=False)
+
+
+def _check_operators(model: ir.Model, target: str) -> None:
+    """Raises ConfigError for a module whose attention is the other target's: its runtime would pad the wrong side."""
+    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    wrong = {"portable": {"CachedAttention", "GroupQueryAttention"}, "ort": {"MaskedAttention"}}[target] & used
+    if wrong:
+        other = "ort" if target == "portable" else "portable"
+        raise ConfigError(f"target = {target!r}, and the module uses {min(wrong)}, which is for target {other!r}")
 
 
 def _add_metadata(path: Path, key: str, value: str) -> None:
@@ -255,10 +276,35 @@ def _tool_versions() -> dict[str, str]:
     return versions
 
 
+class FloatLogits(nn.Module):
+    """A module of the user's own, its logits in float32 as the contract has them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, Any]:
+        """The graph contract's tensors in and out."""
+        logits, presents = self.module(input_ids, attention_mask, position_ids, past_key_values)
+        return logits.float(), presents
+
+
 def _halve(module: nn.Module) -> None:
-    """Weights to float16, one at a time; buffers keep their precision (inverse frequencies would be ruined)."""
-    for parameter in module.parameters():
+    """Weights to float16, one at a time; buffers keep their precision (inverse frequencies would be ruined).
+
+    Raises ConfigError for a weight that float16 cannot hold.
+    """
+    for name, parameter in module.named_parameters():
         if parameter.is_floating_point():
+            greatest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
+            if greatest > torch.finfo(torch.float16).max:
+                raise ConfigError(f"dtype = 'fp16' cannot hold {name}: its greatest weight is {greatest:.3g}; use fp32")
             parameter.data = parameter.data.half()
 
 
@@ -270,7 +316,7 @@ def _from_module(
     missing = [name for name, value in sizes.items() if not value]
     if missing or layers is None or kv_heads is None or head_size is None:
         raise ConfigError(f"a module needs its cache's sizes: give {', '.join(missing)}")
-    module = module.eval()
+    module = FloatLogits(module).eval()
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     past = [(torch.zeros(1, kv_heads, 0, head_size, dtype=dtype),) * 2 for _ in range(layers)]
     mask = torch.ones(1, 2, dtype=torch.int64)
@@ -278,7 +324,7 @@ def _from_module(
         logits, presents = module(mask * 0, mask, torch.arange(2)[None], past)
     if len(presents) != layers:
         raise ConfigError(f"layers = {layers}, and the module returns {len(presents)} caches")
-    name = type(module).__qualname__
+    own = type(module.module)
     exportable = Exportable(
         module=module,
         layers=layers,
@@ -287,8 +333,8 @@ def _from_module(
         vocab_size=logits.shape[-1],
         encoding="module",
         parameters={},
-        source={"kind": "module", "class": f"{type(module).__module__}.{name}"},
-        config={"model_type": "pe_onnx", "architectures": [name], "vocab_size": logits.shape[-1]},
+        source={"kind": "module", "class": f"{own.__module__}.{own.__qualname__}"},
+        config={"model_type": "pe_onnx", "architectures": [own.__qualname__], "vocab_size": logits.shape[-1]},
     )
     return exportable, "all" if logits.shape[1] == 2 else "last"
 
@@ -300,10 +346,7 @@ def silenced() -> Iterator[None]:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-    names = ("torch", "torch.onnx", "onnxscript", "onnx_ir", "transformers", "py.warnings")
-    levels = {name: logging.getLogger(name).level for name in names}
     previous = logging.root.manager.disable
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         logging.disable(logging.ERROR)
         with warnings.catch_warnings():
@@ -311,8 +354,6 @@ def silenced() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def one_of(name: str, value: str, accepted: Mapping[str, Any] | tuple[str, ...]) -> None:

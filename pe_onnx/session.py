@@ -10,15 +10,11 @@ import numpy as np
 
 from pe_onnx import contract
 from pe_onnx.bundle import Bundle
-from pe_onnx.errors import BundleError, ConfigError, MissingDependencyError, ProviderError, did_you_mean
+from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, needs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loads
-try:
+with needs("running a bundle", "'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (never both)"):
     import onnxruntime
-except ImportError as error:
-    raise MissingDependencyError(
-        "onnxruntime is not installed: pip install 'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (never both)"
-    ) from error
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

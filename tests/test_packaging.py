@@ -108,7 +108,7 @@ def test_every_package_has_an_init() -> None:
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    version = PROJECT["project"]["version"]
+    version = pe_onnx.__version__
     assert {name.split("/")[0] for name in names} == {"pe_onnx", f"pe_onnx-{version}.dist-info"}
     modules = {wheel_path(module, path) for module, path in SOURCES.items()}
     assert {name for name in names if name.startswith("pe_onnx/")} == {*modules, "pe_onnx/py.typed"}

@@ -53,6 +53,9 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        sys.exit(2)
     except click.UsageError as error:
         _fail(error.format_message(), 2)
     except click.ClickException as error:
@@ -64,6 +67,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(error.strerror or str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
 

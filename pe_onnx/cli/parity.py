@@ -74,10 +74,11 @@ def command(
 
 def _print(report) -> None:  # type: ignore[no-untyped-def]
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    title = f"{report.bundle} against {report.reference}"
+    title = escape(f"{report.bundle} against {report.reference}")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("mode", "positions", "max abs", "of spread", "KL, nats", "top-1", "near-ties"):
         table.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)

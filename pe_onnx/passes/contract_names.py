@@ -12,16 +12,17 @@ Shapes = Mapping[str, tuple[str | int, ...]]
 
 
 class ContractNames(ir.passes.InPlacePass):
-    """Check every input and output against the contract and give its dimensions the contract's names.
+    """Check shape and dtype of every input and output against the contract, and name its dimensions likewise.
 
     Shapes of values inside the graph are dropped: they carry the exporter's symbols, and some are tighter at run time
     (a bias that all rows share has batch 1).
     """
 
-    def __init__(self, inputs: Shapes, outputs: Shapes) -> None:
+    def __init__(self, inputs: Shapes, outputs: Shapes, cache_dtype: ir.DataType) -> None:
         super().__init__()
         self.inputs = inputs
         self.outputs = outputs
+        self.cache_dtype = cache_dtype
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for values, shapes in ((model.graph.inputs, self.inputs), (model.graph.outputs, self.outputs)):
@@ -47,4 +48,9 @@ class ContractNames(ir.passes.InPlacePass):
                 raise ExportError(f"{value.name} has shape {actual}, and the graph contract {list(shape)}")
             if isinstance(want, str) and isinstance(have, int):
                 raise ExportError(f"{value.name}: {want} is fixed at {have}; the module's code ties it to a number")
+        name = value.name or ""
+        cached = name.startswith(("past_key_values", "present"))
+        wanted = self.cache_dtype if cached else ir.DataType.FLOAT if name == "logits" else ir.DataType.INT64
+        if value.dtype != wanted:
+            raise ExportError(f"{name} has dtype {value.dtype}, and the graph contract {wanted}")
         value.shape = ir.Shape(shape)

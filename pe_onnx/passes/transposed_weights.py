@@ -16,8 +16,10 @@ class TransposedWeights(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            weight = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
-            if weight is None or weight.const_value is None or list(node.attributes["perm"].as_ints()) != [1, 0]:
+            if (node.domain, node.op_type) != ("", "Transpose") or list(node.attributes["perm"].as_ints()) != [1, 0]:
+                continue
+            weight = node.inputs[0]
+            if weight is None or not weight.is_initializer() or weight.const_value is None:
                 continue
             if len(weight.uses()) == 1:
                 self._fold(model.graph, node, weight)
