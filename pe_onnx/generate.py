@@ -40,7 +40,8 @@ class Timing:
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     new_tokens: int = 0
-    """Made by decode steps: all but the first of each row, which the prefill gives."""
+    decoded_tokens: int = 0
+    """Of the new tokens those that took a decode step: all but the first of each row, which the prefill gives."""
     decode_s: float = 0.0
 
     @property
@@ -49,7 +50,7 @@ class Timing:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        return self.new_tokens / self.decode_s if self.decode_s else 0.0
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
 
 
 @dataclass
@@ -157,8 +158,9 @@ class Model:
             if not active.any() or step + 1 == max_new_tokens:
                 break
             logits = cache.decode(tokens, active)
-            self.timing.new_tokens += int(active.sum())
+            self.timing.decoded_tokens += int(active.sum())
         self.timing.decode_s = time.perf_counter() - begin
+        self.timing.new_tokens = sum(len(row.tokens) for row in rows)
 
         results = []
         for b, row in enumerate(rows):
