@@ -124,7 +124,6 @@ class BridgedDecoder(nn.Module):
         past_key_values: list[LayerCache],
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
-        touched = step.presents = [past_key_values[0]] * len(past_key_values)
         with self._replaced(step) as cache:
             logits = self.model(
                 input_ids=input_ids,
@@ -133,7 +132,7 @@ class BridgedDecoder(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-        if any(present is past_key_values[0] for present in touched):
+        if any(present is past_key_values[0] for present in step.presents):
             name = type(self.model).__name__
             raise CheckpointError(f"{name}: not every layer's attention goes through transformers' attention interface")
         return logits.float(), step.presents

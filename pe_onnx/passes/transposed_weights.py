@@ -54,10 +54,12 @@ class TransposedWeights(ir.passes.InPlacePass):
                 continue
             tape = ir.tape.Tape()
             x = product.inputs[0]
-            flat = tape.op("Reshape", [x, self._constant(graph, "gemm_in", [-1, in_size])])
+            flat = tape.op("Reshape", [x, self._constant(graph, f"gemm_in_{in_size}", [-1, in_size])])
             multiplied = tape.op("Gemm", [flat, weight], attributes={"transB": 1})
             leading = tape.op("Shape", [x], attributes={"start": 0, "end": -1})
-            shape = tape.op("Concat", [leading, self._constant(graph, "gemm_out", [out_size])], attributes={"axis": 0})
+            shape = tape.op(
+                "Concat", [leading, self._constant(graph, f"gemm_out_{out_size}", [out_size])], attributes={"axis": 0}
+            )
             result = tape.op("Reshape", [multiplied, shape])
             old = product.outputs[0]
             result.shape, result.type, flat.type, multiplied.type = old.shape, old.type, old.type, old.type
