@@ -7,6 +7,8 @@ nothing else: padding stands on the right. The new tokens of a row end there::
     query i sees key j  if  start[b] + i - window < j <= start[b] + i
     softmax(softcap(scale q k^T) + bias) v
 
+A sink is one more score in the softmax, without a value (gpt-oss).
+
 When past and present are one buffer, as our runtime binds them, nothing is copied.
 """
 
@@ -46,6 +48,7 @@ def CachedAttention(
     last_slots: INT32,
     total_length: INT32,
     bias: Optional[FLOAT],  # noqa: UP045 (onnxscript reads no other spelling)
+    sinks: Optional[FLOAT],  # noqa: UP045
     num_heads: int,
     kv_heads: int,
     scale: float,
@@ -64,6 +67,7 @@ def CachedAttention(
         None,
         None,
         bias,
+        sinks,
         num_heads=num_heads,
         kv_num_heads=kv_heads,
         scale=scale,
@@ -83,6 +87,7 @@ def cached_attention(
     last_slots: torch.Tensor,
     total_length: torch.Tensor,
     bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     num_heads: int,
     kv_heads: int,
     scale: float,
@@ -93,8 +98,8 @@ def cached_attention(
 
     query: ``[B, T, H*D]``. key, value: ``[B, T, K*D]``. past_key, past_value: ``[B, K, P, D]``, D a multiple of 16.
     last_slots: int32 ``[B]``, the slot of each row's last token. total_length: int32 ``[1]``, the greatest of them + 1.
-    bias: None or ``[B or 1, H or 1, T, total_length]``, added to the scores. window: tokens seen, the query's own
-    included; -1 for all. Returns output ``[B, T, H*D]``, present_key and present_value ``[B, K, P + T, D]``; rows of
+    bias: None or ``[B or 1, H or 1, T, total_length]``, added to the scores. sinks: None or ``[H]``. window: tokens
+    seen, the query's own included; -1 for all. Returns output ``[B, T, H*D]``, present_key and present_value ``[B, K, P + T, D]``; rows of
     output at padding are unspecified. In ONNX a call with T > 1 on a filled cache takes B = 1 only, and present has
     the length of past where that is the longer (a preallocated buffer).
     """
@@ -118,6 +123,8 @@ def cached_attention(
     distance = slots[:, :, None] - torch.arange(P + T, device=query.device)  # [B, T, P + T]
     seen = (distance >= 0) & ((distance < window) | (window < 0))
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(B, num_heads, T, 1)), -1)
+    weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32))[..., : P + T].to(query.dtype)
     output = weights @ present_value.repeat_interleave(group, 1)  # [B, H, T, D]
     return output.transpose(1, 2).flatten(2), present_key, present_value

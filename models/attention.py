@@ -28,6 +28,7 @@ class Heads(NamedTuple):
     scale: float
     softcap: float
     window: int
+    chunk: int
 
 
 class Step(ABC):
@@ -53,15 +54,19 @@ class Step(ABC):
         kv_heads: int,
         scale: float,
         bias: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         softcap: float = 0.0,
         window: int = -1,
+        chunk: int = 0,
     ) -> torch.Tensor:
         """Packed query ``[B, T, H*D]``, key and value ``[B, T, K*D]`` to output ``[B, T, H*D]``.
 
-        bias: ``[B or 1, H, T, S]``, added to the scores after the soft-cap. softcap: c of c tanh(score / c), 0 for
-        none. window: tokens that a query sees, itself included; -1 for all.
+        bias: ``[B or 1, H or 1, T, S]``, added to the scores after the soft-cap. sinks: ``[H]``, a score that takes
+        part in the softmax and has no value. softcap: c of c tanh(score / c), 0 for none. window: tokens that a query
+        sees, itself included; -1 for all. chunk: tokens of a chunk, beyond which a query sees none; 0 for no chunks.
         """
-        return self._attend(layer, query, key, value, bias, Heads(num_heads, kv_heads, scale, softcap, window))
+        heads = Heads(num_heads, kv_heads, scale, softcap, window, chunk)
+        return self._attend(layer, query, key, value, bias, sinks, heads)
 
     @abstractmethod
     def _attend(
@@ -71,6 +76,7 @@ class Step(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
+        sinks: torch.Tensor | None,
         heads: Heads,
     ) -> torch.Tensor: ...
 
@@ -92,6 +98,14 @@ class CompactStep(Step):
         self.key_positions = None
         self.last_slots = (self.lengths - 1).to(torch.int32)
         self.total_length = torch.full((1,), self.key_length, dtype=torch.int32, device=attention_mask.device)
+        self._in_chunk: dict[int, torch.Tensor] = {}
+
+    def in_chunk(self, chunk: int) -> torch.Tensor:
+        """bool ``[B, 1, T, S]``: keys from the beginning of the query's chunk on."""
+        if chunk not in self._in_chunk:
+            slots = torch.arange(self.key_length, device=self.lengths.device)
+            self._in_chunk[chunk] = (slots >= (self.query_positions // chunk * chunk)[..., None])[:, None]
+        return self._in_chunk[chunk]
 
     def _attend(
         self,
@@ -100,8 +114,12 @@ class CompactStep(Step):
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
+        sinks: torch.Tensor | None,
         heads: Heads,
     ) -> torch.Tensor:
+        if heads.chunk:
+            zero = torch.zeros((), dtype=query.dtype, device=query.device)
+            bias = torch.where(self.in_chunk(heads.chunk), zero if bias is None else bias, float("-inf"))
         output, present_key, present_value = cached_attention(
             query,
             key,
@@ -110,7 +128,8 @@ class CompactStep(Step):
             self.last_slots,
             self.total_length,
             bias,
-            *heads,
+            sinks,
+            *heads[:5],
         )
         self.presents[layer] = (present_key, present_value)
         return output
@@ -132,19 +151,22 @@ class MaskedStep(Step):
         self.key_positions = self.positions
         self.query_positions = self.positions[:, self.key_length - new_tokens :]
         self.new_tokens = new_tokens
-        self._seen: dict[int, torch.Tensor] = {}
+        self._seen: dict[tuple[int, int], torch.Tensor] = {}
 
-    def seen(self, window: int) -> torch.Tensor:
+    def seen(self, window: int, chunk: int = 0) -> torch.Tensor:
         """bool ``[B, 1, T, S]``; a query always sees its own slot, so that no row is all masked."""
-        if window not in self._seen:
+        if (window, chunk) not in self._seen:
             slots = torch.arange(self.key_length, device=self.valid.device)  # [S]
             queries = slots[self.key_length - self.new_tokens :, None]  # [T, 1]
             seen = (slots <= queries) & self.valid[:, None, None, :]  # [B, 1, T, S]
             if window >= 0:  # of tokens: padding between them does not count
                 distance = self.query_positions[:, :, None] - self.positions[:, None, :]
                 seen = seen & (distance < window)[:, None]
-            self._seen[window] = seen | (slots == queries)
-        return self._seen[window]
+            if chunk:
+                first = self.query_positions // chunk * chunk  # [B, T]
+                seen = seen & (self.positions[:, None, :] >= first[:, :, None])[:, None]
+            self._seen[window, chunk] = seen | (slots == queries)
+        return self._seen[window, chunk]
 
     def _attend(
         self,
@@ -153,12 +175,15 @@ class MaskedStep(Step):
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
+        sinks: torch.Tensor | None,
         heads: Heads,
     ) -> torch.Tensor:
-        mask = self.seen(heads.window)
+        mask = self.seen(heads.window, heads.chunk)
         if bias is not None:
             mask = torch.where(mask, bias, float("-inf"))
-        output, present_key, present_value = masked_attention(query, key, value, *self.past[layer], mask, *heads[:4])
+        output, present_key, present_value = masked_attention(
+            query, key, value, *self.past[layer], mask, sinks, *heads[:4]
+        )
         self.presents[layer] = (present_key, present_value)
         return output
 
@@ -185,6 +210,7 @@ class PlainStep(Step):
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
+        sinks: torch.Tensor | None,
         heads: Heads,
     ) -> torch.Tensor:
         q, k, v = (
@@ -203,7 +229,12 @@ class PlainStep(Step):
             seen = seen & (distance >= 0)
         if heads.window >= 0:
             seen = seen & (distance < heads.window)
-        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
+        if heads.chunk:
+            seen = seen & (slots >= slots[:, None] // heads.chunk * heads.chunk)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:3], 1)), -1)
+        weights = torch.softmax(scores, -1)[..., : self.key_length]
         return torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2)
 
     def last_token(self, hidden: torch.Tensor) -> torch.Tensor:

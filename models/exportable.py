@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from pe_onnx.config import DecoderConfig
-from pe_onnx.contract import Target
+from pe_onnx.contract import CacheShape, Target
 from pe_onnx.models.attention import LayerCache, PlainStep, cached_step
 from pe_onnx.models.decoder import Decoder
+from pe_onnx.models.proof import Proof
 
 
 @dataclasses.dataclass
@@ -23,9 +24,8 @@ class Exportable:
     module: nn.Module
     """``module(input_ids, attention_mask, position_ids, past_key_values)`` to logits and presents, the caches as
     lists of one (key, value) pair a layer, each ``[B, K, P, D]``."""
-    layers: int
-    kv_heads: int
-    head_size: int
+    caches: list[CacheShape]
+    """K and D of each layer's cache."""
     vocab_size: int
     encoding: str
     parameters: dict[str, dict[str, Any]]
@@ -41,6 +41,8 @@ class Exportable:
     tokenizer: Mapping[str, Any] | None = None
     write_assets: Callable[[Path], None] = lambda folder: None
     """Writes tokenizer files into the bundle."""
+    proof: Proof | None = None
+    """What the finished bundle is to give on a few tokens; None: what the module itself gives."""
 
 
 class CachedDecoder(nn.Module):
@@ -83,9 +85,7 @@ def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: 
     given = config.encoding_parameters
     return Exportable(
         module=CachedDecoder(decoder, target, last_only),
-        layers=config.num_hidden_layers,
-        kv_heads=config.kv_heads,
-        head_size=config.head_size,
+        caches=[(config.kv_heads, config.head_size)] * config.num_hidden_layers,
         vocab_size=config.vocab_size,
         encoding=config.encoding,
         parameters={

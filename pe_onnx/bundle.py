@@ -26,7 +26,7 @@ from pe_onnx.errors import BundleError, ConfigError, ExportError
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,13 @@ class Bundle:
 
     @property
     def shape(self) -> Mapping[str, int]:
-        """layers, kv_heads, head_size, vocab_size."""
+        """vocab_size, trained_length, max_length."""
         return self.manifest["model"]
+
+    @property
+    def caches(self) -> list[contract.CacheShape]:
+        """K and D of each layer's cache."""
+        return [(heads, size) for heads, size in self.manifest["model"]["caches"]]
 
     @property
     def cache_dtype(self) -> str:
@@ -69,9 +74,8 @@ class Bundle:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        s = self.shape
         itemsize = {"float32": 4, "float16": 2}[self.cache_dtype]
-        return 2 * s["layers"] * s["kv_heads"] * s["head_size"] * itemsize
+        return 2 * itemsize * sum(heads * size for heads, size in self.caches)
 
     def verify(self) -> None:
         """Raises BundleError for a file that is missing, of another size, or whose SHA-256 differs."""
@@ -139,8 +143,10 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
         require(isinstance(m.get(name), str) and m[name] in accepted, name)
     for name in ("model", "encoding", "source", "graph", "tools", "files"):
         require(isinstance(m.get(name), dict), name)
-    for name in ("layers", "kv_heads", "head_size", "vocab_size"):
-        require(count(m["model"].get(name)), f"model.{name}")
+    require(count(m["model"].get("vocab_size")), "model.vocab_size")
+    caches = m["model"].get("caches")
+    pairs = isinstance(caches, list) and all(isinstance(c, list) and len(c) == 2 for c in caches)
+    require(bool(caches) and pairs and all(count(size) for cache in caches for size in cache), "model.caches")
     for name in ("trained_length", "max_length"):
         require(name in m["model"] and (m["model"][name] is None or count(m["model"][name])), f"model.{name}")
     require(isinstance(m["encoding"].get("name"), str), "encoding.name")

@@ -15,6 +15,7 @@ Target ``portable``: standard operators, a cache that grows, zeros anywhere in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal
 
 VERSION: Final = 1
@@ -40,6 +41,10 @@ TOKEN_SHAPES: Final = {
 }
 
 
+CacheShape = tuple[int, int]
+"""K and D of one layer's cache: heads, and channels of a head."""
+
+
 def past_names(layers: int) -> list[str]:
     """k0, v0, k1, v1, ..."""
     return [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
@@ -50,15 +55,20 @@ def present_names(layers: int) -> list[str]:
     return [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
 
 
-def input_shapes(layers: int, kv_heads: int, head_size: int) -> dict[str, tuple[str | int, ...]]:
-    """Every input's name and shape, in graph order."""
-    return {**TOKEN_SHAPES, **dict.fromkeys(past_names(layers), (BATCH, kv_heads, PAST, head_size))}
+def input_shapes(caches: Sequence[CacheShape]) -> dict[str, tuple[str | int, ...]]:
+    """Every input's name and shape, in graph order. caches: one for each layer."""
+    return {**TOKEN_SHAPES, **_cache_shapes(past_names(len(caches)), caches, PAST)}
 
 
 def output_shapes(
-    layers: int, kv_heads: int, head_size: int, vocab_size: int, logits: str
+    caches: Sequence[CacheShape], vocab_size: int, logits: str
 ) -> dict[str, tuple[str | int, ...]]:
     """Every output's name and shape, in graph order. logits: ``last`` or ``all``."""
     tokens: str | int = NEW if logits == "all" else 1
     shapes: dict[str, tuple[str | int, ...]] = {"logits": (BATCH, tokens, vocab_size)}
-    return {**shapes, **dict.fromkeys(present_names(layers), (BATCH, kv_heads, TOTAL, head_size))}
+    return {**shapes, **_cache_shapes(present_names(len(caches)), caches, TOTAL)}
+
+
+def _cache_shapes(names: list[str], caches: Sequence[CacheShape], length: str) -> dict[str, tuple[str | int, ...]]:
+    pairs = (cache for cache in caches for _ in ("key", "value"))
+    return {name: (BATCH, K, length, D) for name, (K, D) in zip(names, pairs, strict=True)}

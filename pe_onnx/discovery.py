@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent
 
 def folder(package: str) -> Path:
     """The folder of a sub-package such as ``encodings`` or ``custom_ops``, without importing it."""
-    inside = ROOT / package
-    return inside if inside.is_dir() else ROOT.parent / package
+    inside = ROOT / package.replace(".", "/")
+    return inside if inside.is_dir() else ROOT.parent / package.replace(".", "/")
 
 
 def names(package: str) -> list[str]:

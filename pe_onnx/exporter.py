@@ -140,22 +140,21 @@ def to_onnx(
     # each input, lest two inputs be
     batch, new, before = 2, 3, 5
     past = [
-        tuple(torch.zeros(batch, E.kv_heads, before, E.head_size, dtype=torch_dtype) for _ in range(2))
-        for _ in range(E.layers)
+        tuple(torch.zeros(batch, K, before, D, dtype=torch_dtype) for _ in range(2)) for K, D in E.caches
     ]
     lengths = (new, before + new, new)
     args = (*(torch.ones(batch, length, dtype=torch.int64) for length in lengths), past)
     dynamic = torch.export.Dim.DYNAMIC
     rows = {0: dynamic, 1: dynamic}
-    shapes = (rows, rows, rows, [({0: dynamic, 2: dynamic},) * 2] * E.layers)
+    shapes = (rows, rows, rows, [({0: dynamic, 2: dynamic},) * 2] * len(E.caches))
     try:
         with torch.no_grad():
             program = torch.export.export(E.module, args, dynamic_shapes=shapes, strict=False)
         progress("translate")
         onnx_program = torch.onnx.export(
             program,
-            input_names=list(contract.input_shapes(E.layers, E.kv_heads, E.head_size)),
-            output_names=["logits", *contract.present_names(E.layers)],
+            input_names=list(contract.input_shapes(E.caches)),
+            output_names=["logits", *contract.present_names(len(E.caches))],
             opset_version=OPSET,
             custom_translation_table=translation_table(),
             optimize=False,
@@ -171,8 +170,8 @@ def to_onnx(
         fuse_rms_normalization(model)
         optimizer.optimize_ir(model, inline=False)
         ContractNames(
-            contract.input_shapes(E.layers, E.kv_heads, E.head_size),
-            contract.output_shapes(E.layers, E.kv_heads, E.head_size, E.vocab_size, logits),
+            contract.input_shapes(E.caches),
+            contract.output_shapes(E.caches, E.vocab_size, logits),
             {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype],
         )(model)
     except PeOnnxError:
@@ -249,9 +248,7 @@ def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: s
         "logits": logits,
         "encoding": {"name": e.encoding, "parameters": e.parameters},
         "model": {
-            "layers": e.layers,
-            "kv_heads": e.kv_heads,
-            "head_size": e.head_size,
+            "caches": [list(cache) for cache in e.caches],
             "vocab_size": e.vocab_size,
             "trained_length": e.trained_length,
             "max_length": e.max_length,
@@ -327,9 +324,7 @@ def _from_module(
     own = type(module.module)
     exportable = Exportable(
         module=module,
-        layers=layers,
-        kv_heads=kv_heads,
-        head_size=head_size,
+        caches=[(kv_heads, head_size)] * layers,
         vocab_size=logits.shape[-1],
         encoding="module",
         parameters={},

@@ -54,7 +54,7 @@ class KVCache(ABC):
         self.chunk_tokens = chunk_tokens
         self.max_length = max_length or bundle.trained_length or hard
         self.vocab_size = bundle.shape["vocab_size"]
-        self.layers = bundle.shape["layers"]
+        self.layers = len(bundle.caches)
         self.past_names = contract.past_names(self.layers)
         self.present_names = contract.present_names(self.layers)
         self.lengths = np.zeros(batch_size, np.int64)
@@ -157,10 +157,10 @@ class InPlaceCache(KVCache):
         capacity = max(tokens, 2 * self.capacity)
         if self.max_length is not None:
             capacity = min(capacity, max(tokens, self.max_length))
-        shape = self.session.bundle.shape
-        B, K, D = self.batch_size, shape["kv_heads"], shape["head_size"]
+        B, caches = self.batch_size, self.session.bundle.caches
         filled = int(self.lengths.max(initial=0))
         for i in range(2 * self.layers):  # one buffer at a time: never two whole caches
+            K, D = caches[i // 2]
             grown = self.session.array((B, K, capacity, D), self.session.bundle.cache_dtype)
             if filled:
                 grown.host[:, :, :filled] = self.buffers[i].download()[:, :, :filled]
@@ -180,7 +180,7 @@ class InPlaceCache(KVCache):
     def _bind_cache(self, binding: Any, row: int, rows: int) -> None:
         """Bind rows ``row .. row + rows - 1`` of every buffer as past and present at once."""
         for buffer, past, present in zip(self.buffers, self.past_names, self.present_names, strict=True):
-            _, K, capacity, D = buffer.shape
+            _, K, capacity, D = buffer.shape  # layers may differ in K and D
             shape, offset = (rows, K, capacity, D), row * K * capacity * D
             buffer.bind(binding, past, shape=shape, offset=offset)
             buffer.bind(binding, present, output=True, shape=shape, offset=offset)
@@ -257,9 +257,8 @@ class GrowingCache(KVCache):
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
-        shape = session.bundle.shape
-        empty = (batch_size, shape["kv_heads"], 0, shape["head_size"])
-        self._past = [session.empty(empty, session.bundle.cache_dtype) for _ in self.past_names]
+        dtype = session.bundle.cache_dtype
+        self._past = [session.empty((batch_size, K, 0, D), dtype) for K, D in session.bundle.caches for _ in range(2)]
         self.mask = np.zeros((batch_size, 0), np.int64)
 
     @property

@@ -92,10 +92,10 @@ class Session:
     def _check_contract(self) -> None:
         """Raises BundleError where the model's inputs and outputs are not what the manifest says."""
         shape, dtype = self.bundle.shape, {"float32": "float", "float16": "float16"}[self.bundle.cache_dtype]
-        sizes = (shape["layers"], shape["kv_heads"], shape["head_size"])
+        caches = self.bundle.caches
         for values, wanted in (
-            (self.inference.get_inputs(), contract.input_shapes(*sizes)),
-            (self.inference.get_outputs(), contract.output_shapes(*sizes, shape["vocab_size"], self.bundle.logits)),
+            (self.inference.get_inputs(), contract.input_shapes(caches)),
+            (self.inference.get_outputs(), contract.output_shapes(caches, shape["vocab_size"], self.bundle.logits)),
         ):
             if [value.name for value in values] != list(wanted):
                 raise BundleError(f"{self.bundle.model}: inputs or outputs are not those of its manifest")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import count, groupby
 from typing import Any
 
 import click
@@ -20,9 +22,8 @@ def command(bundle: str, as_json: bool) -> None:
 
     read = read_bundle(bundle)
     m, shape = read.manifest, read.shape
-    sizes = (shape["layers"], shape["kv_heads"], shape["head_size"])
-    inputs = contract.input_shapes(*sizes)
-    outputs = contract.output_shapes(*sizes, shape["vocab_size"], read.logits)
+    inputs = contract.input_shapes(read.caches)
+    outputs = contract.output_shapes(read.caches, shape["vocab_size"], read.logits)
     cache_bytes = read.cache_bytes_per_token
     if as_json:
         print_json({**m, "inputs": inputs, "outputs": outputs, "cache_bytes_per_token": cache_bytes})
@@ -44,8 +45,8 @@ def command(bundle: str, as_json: bool) -> None:
         "dtype": m["dtype"],
         "logits": m["logits"],
         "size": f"{human_bytes(total)}, weights {human_bytes(m['graph']['weight_bytes'])}",
-        "cache": f"{cache_bytes} bytes per token: {shape['layers']} layers x 2 x {shape['kv_heads']} heads x "
-        f"{shape['head_size']} channels",
+        "cache": f"{cache_bytes} bytes per token: "
+        + ", ".join(f"{n} layers x 2 x {K} heads x {D} channels" for (K, D), n in Counter(read.caches).items()),
         "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
         "hard limit": f"{shape['max_length']} tokens" if shape["max_length"] else "none",
         "tokenizer": (m["tokenizer"] or {}).get("kind", "none"),
@@ -64,7 +65,7 @@ def command(bundle: str, as_json: bool) -> None:
     console.print(encoding)
 
     tensors = table("inputs and outputs", "name", "shape")
-    for name, dims in {**_folded(inputs, sizes[0]), **_folded(outputs, sizes[0])}.items():
+    for name, dims in {**_folded(inputs), **_folded(outputs)}.items():
         tensors.add_row(name, "[" + ", ".join(str(d) for d in dims) + "]")
     console.print(tensors)
 
@@ -84,12 +85,19 @@ def _source(source: dict[str, Any]) -> str:
     return f"module {source['class']}"
 
 
-def _folded(shapes: dict[str, tuple[Any, ...]], layers: int) -> dict[str, tuple[Any, ...]]:
-    """One line for all layers: ``past_key_values.{0..7}.key``."""
-    every = f"{{0..{layers - 1}}}"
-    return {name.replace(".0.", f".{every}."): dims for name, dims in shapes.items() if _first_layer(name)}
-
-
-def _first_layer(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) < 2 or parts[1] == "0"
+def _folded(shapes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """One line for the layers of one shape: ``past_key_values.{0..7}.key``."""
+    layers: dict[tuple[str, str, tuple[Any, ...]], list[int]] = {}
+    folded = {}
+    for name, dims in shapes.items():
+        stem, _, rest = name.partition(".")
+        if rest:
+            number, _, kind = rest.partition(".")
+            layers.setdefault((stem, kind, dims), []).append(int(number))
+        else:
+            folded[name] = dims
+    for (stem, kind, dims), numbers in layers.items():
+        runs = [list(run) for _, run in groupby(numbers, key=lambda n, c=count(): n - next(c))]
+        spans = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
+        folded[f"{stem}.{{{spans}}}.{kind}"] = dims
+    return folded

@@ -1,0 +1,58 @@
+"""transformers' masks as what they mean: causal, with a window or chunks, in place of a tensor ``[B, 1, T, S]``.
+
+A modeling file asks ``create_causal_mask`` and its siblings for a mask and hands it on to its layers. Under our name
+these return a ``Mask`` that says which keys a query sees; the layers hand it to ``attend`` as they would the tensor. So
+each layer gets the window it has in transformers, also where only the mask knows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from pe_onnx.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A query sees the keys up to its own: of the last ``window`` tokens, and of its own chunk of ``chunk`` tokens."""
+
+    window: int = -1
+    """Tokens, the query's own included; -1 for all."""
+    chunk: int = 0
+    """Tokens; 0 for no chunks."""
+
+
+def register(name: str) -> None:
+    """Make transformers' mask functions return a Mask while ``name`` is the attention implementation."""
+    AttentionMaskInterface.register(name, _make)
+
+
+def _make(*args: Any, mask_function: Callable[..., Any], **others: Any) -> Mask:
+    """transformers' mask interface. Raises CheckpointError for a mask that is not understood."""
+    window, chunk = -1, 0
+    for part in _parts(mask_function):
+        kind = part.__qualname__.partition(".")[0]
+        variables = _closure(part)
+        if kind == "sliding_window_overlay":
+            window = int(variables["sliding_window"])
+        elif kind == "chunked_overlay":
+            chunk = int(variables["chunk_size"])
+        elif part is not causal_mask_function:
+            raise CheckpointError(f"its attention mask has a part {part.__qualname__!r} that is not understood")
+    return Mask(window, chunk)
+
+
+def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """What ``and_masks`` put together."""
+    if function.__qualname__ != "and_masks.<locals>.and_mask":
+        return [function]
+    return [part for inner in _closure(function)["mask_functions"] for part in _parts(inner)]
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    names = function.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, function.__closure__ or (), strict=True)}

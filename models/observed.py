@@ -1,0 +1,102 @@
+"""What one eager pass of a transformers model shows of it: the shapes of its caches and its tables of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, PreTrainedModel
+
+from pe_onnx.errors import CheckpointError
+
+FIRST, TOKENS, ROWS = 3, 7, 2
+"""Positions begin at 3, so that they are not the slots; sizes that differ from each other."""
+
+
+@dataclass
+class Observed:
+    """Of an eager pass."""
+
+    shapes: list[tuple[int, int, int]]
+    """Of each layer that has a cache: heads, channels of keys, channels of values."""
+    table: str | None = None
+    """``learned`` or ``fixed`` where a table is read by position."""
+    max_length: int | None = None
+    """Positions of the shortest table."""
+    offset: int = 0
+    """The table's row of position 0."""
+
+
+class _Tables(TorchFunctionMode):
+    """Watches for tables that are indexed by positions."""
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        super().__init__()
+        self.positions = positions
+        self.found: list[tuple[torch.Tensor, int, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        look = self.LOOKUPS.get(func)
+        if look is not None:
+            self._watch(*look(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    LOOKUPS: ClassVar[dict[Any, Callable[..., tuple[Any, int, Any]]]] = {
+        F.embedding: lambda input, weight, *_, **__: (weight, 0, input),
+        torch.Tensor.__getitem__: lambda table, index: (table, 0, index),
+        **dict.fromkeys(
+            (torch.gather, torch.Tensor.gather, torch.index_select, torch.Tensor.index_select),
+            lambda input, dim, index, **_: (input, dim, index),
+        ),
+    }
+    """Functions that look rows up, to the table, its axis and the index."""
+
+    def _watch(self, table: Any, axis: int, index: Any) -> None:
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
+            return
+        if index.dim() == 3:
+            index = index[..., 0]
+        wanted = self.positions.reshape(-1)
+        offset = index.reshape(-1)[: wanted.numel()] - wanted[: index.numel()]
+        if index.numel() >= TOKENS and bool((offset == offset[0]).all()):
+            self.found.append((table, int(offset[0]), table.shape[axis]))
+
+
+@torch.no_grad()
+def observe(model: PreTrainedModel, takes_positions: bool) -> Observed:
+    """Run the model as it is on a few tokens. Raises CheckpointError where it cannot be run, or holds another state
+    than keys and values."""
+    name = type(model).__name__
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(7))
+    positions = (FIRST + torch.arange(TOKENS)).expand(ROWS, -1)
+    cache = DynamicCache()
+    named: dict[str, Any] = {"position_ids": positions} if takes_positions else {}
+    watched = _Tables(positions if takes_positions else torch.arange(TOKENS))
+    try:
+        with watched:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **named)
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(f"{name} cannot be run with a cache of keys and values: {reason}") from error
+    shapes = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != TOKENS:
+            raise CheckpointError(f"{name} has layers whose cache is not of keys and values")
+        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    if not shapes:
+        raise CheckpointError(f"{name} keeps no keys and values in its cache")
+    parameters = {p.data_ptr() for p in model.parameters()}
+    observed = Observed(shapes)
+    for table, offset, rows in watched.found:
+        learned = table.data_ptr() in parameters
+        observed.table = "learned" if learned or observed.table == "learned" else "fixed"
+        observed.offset = offset
+        observed.max_length = min(rows - offset, observed.max_length or rows)
+    return observed
