@@ -14,7 +14,7 @@ from pe_onnx.config import DecoderConfig
 from pe_onnx.contract import CacheShape, Target
 from pe_onnx.models.attention import LayerCache, PlainStep, cached_step
 from pe_onnx.models.decoder import Decoder
-from pe_onnx.models.proof import Proof
+from pe_onnx.models.proof import Proof, of_module
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class Exportable:
     write_assets: Callable[[Path], None] = lambda folder: None
     """Writes tokenizer files into the bundle."""
     proof: Proof | None = None
-    """What the finished bundle is to give on a few tokens; None: what the module itself gives."""
+    """What the finished bundle is to give on a few tokens; None where the module cannot be run on them."""
 
 
 class CachedDecoder(nn.Module):
@@ -83,9 +83,11 @@ def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: 
     """Our own decoder with the encoding that the config names."""
     decoder = Decoder(config)
     given = config.encoding_parameters
+    module = CachedDecoder(decoder, target, last_only)
+    caches = [(config.kv_heads, config.head_size)] * config.num_hidden_layers
     return Exportable(
-        module=CachedDecoder(decoder, target, last_only),
-        caches=[(config.kv_heads, config.head_size)] * config.num_hidden_layers,
+        module=module,
+        caches=caches,
         vocab_size=config.vocab_size,
         encoding=config.encoding,
         parameters={
@@ -98,4 +100,10 @@ def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: 
         config={"model_type": "pe_onnx", "architectures": ["Decoder"], **config.to_dict()},
         generation_config={},
         tokenizer={"kind": "bytes"} if config.vocab_size == 256 else None,
+        proof=Proof(
+            [(K, D, D) for K, D in caches],
+            config.vocab_size,
+            of_module(module, caches, torch.float32),
+            limit=decoder.encoding.max_length,
+        ),
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pe_onnx import __version__, contract
-from pe_onnx.bundle import MODEL, WEIGHTS, Bundle, check_output, read_bundle, sha256, write_bundle
+from pe_onnx.bundle import FORMAT, MODEL, WEIGHTS, Bundle, check_output, read_bundle, sha256, write_bundle
 from pe_onnx.config import DecoderConfig
 from pe_onnx.errors import ConfigError, ExportError, PeOnnxError, did_you_mean, needs
 
@@ -33,6 +33,7 @@ with needs("export", "'pe-onnx[export]'"):
 
 from pe_onnx.custom_ops import OPSET, translation_table
 from pe_onnx.models.exportable import Exportable, from_config
+from pe_onnx.models.proof import Proof, of_module
 from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.transposed_weights import TransposedWeights
 
@@ -61,6 +62,7 @@ def export(
     kv_heads: int | None = None,
     head_size: int | None = None,
     force: bool = False,
+    verify: bool = True,
     verbose: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Bundle:
@@ -72,9 +74,9 @@ def export(
     to logits and presents, with its ``layers``, ``kv_heads`` and ``head_size``.
 
     target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target; a
-    module's are what it gives).
-    Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished; then
-    nothing is written.
+    module's are what it gives). verify: run the finished bundle against the module before it is put in its place.
+    Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished or does not
+    compute what PyTorch computes; then nothing is written.
     """
     one_of("target", target, contract.TARGETS)
     one_of("dtype", dtype, contract.DTYPES)
@@ -126,7 +128,7 @@ def export(
         if dtype == "fp16":
             _halve(exportable.module)
         onnx_model = to_onnx(exportable, target, dtype, logits, progress)
-        return _write(onnx_model, exportable, Path(output), target, dtype, logits, force, progress)
+        return _write(onnx_model, exportable, Path(output), target, dtype, logits, force, verify, progress)
 
 
 def to_onnx(
@@ -200,6 +202,7 @@ def _write(
     dtype: str,
     logits: str,
     force: bool,
+    verify: bool,
     progress: Progress,
 ) -> Bundle:
     manifest = _manifest(model, exportable, target, dtype, logits)
@@ -219,6 +222,12 @@ def _write(
         ):
             (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         exportable.write_assets(folder)
+        manifest["proof"] = {"verified": False}
+        if verify and exportable.proof is not None:
+            progress("verify")
+            from pe_onnx.verification import verify as run_proof
+
+            manifest["proof"] = run_proof(Bundle(folder, manifest), exportable.proof)
     return read_bundle(output, verify=False)
 
 
@@ -241,7 +250,7 @@ def _add_metadata(path: Path, key: str, value: str) -> None:
 def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
     counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
     return {
-        "format": 1,
+        "format": FORMAT,
         "contract": contract.VERSION,
         "target": target,
         "dtype": dtype,
@@ -330,8 +339,22 @@ def _from_module(
         parameters={},
         source={"kind": "module", "class": f"{own.__module__}.{own.__qualname__}"},
         config={"model_type": "pe_onnx", "architectures": [own.__qualname__], "vocab_size": logits.shape[-1]},
+        proof=_proof_of(module, logits.shape[-1], [(kv_heads, head_size)] * layers, dtype),
     )
     return exportable, "all" if logits.shape[1] == 2 else "last"
+
+
+def _proof_of(
+    module: nn.Module, vocab_size: int, caches: list[contract.CacheShape], dtype: torch.dtype
+) -> Proof | None:
+    """What a user's module gives on a few tokens; None where it takes none (a short table, say)."""
+    try:
+        return Proof([(K, D, D) for K, D in caches], vocab_size, of_module(module, caches, dtype))
+    except PeOnnxError:
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).info("the module cannot be proven: %s", error)
+        return None
 
 
 @contextlib.contextmanager

@@ -17,25 +17,12 @@ from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import CheckpointError, ConfigError, InputError, did_you_mean
 from pe_onnx.kv_cache import GrowingCache, make_cache
 from pe_onnx.session import Session
+from pe_onnx.tolerance import TOLERANCES, Tolerance
 
 Array = np.ndarray[Any, Any]
 Reference = Callable[[Array], Array]
 """Token ids int64 ``[B, T]`` to float32 logits ``[B, T, V]``."""
 
-
-class Tolerance(NamedTuple):
-    """What a bundle of a dtype may differ by."""
-
-    error: float
-    """Greatest absolute error of a logit, relative to the spread (standard deviation) of the reference's logits."""
-    top1: float
-    """Least share of positions with the same most likely token, near-ties counted as the same."""
-    near_tie: float
-    """Two tokens are nearly tied whose reference logits differ by less than this, relative to the spread."""
-
-
-TOLERANCES = {"fp32": Tolerance(5e-5, 1.0, 1e-5), "fp16": Tolerance(3e-2, 0.99, 1e-3)}
-"""The one table. float32: rounding through 30 layers; float16: weights and activations of 11 bits."""
 
 DEFAULT_TOKENS = 160
 GREEDY_TOKENS = 64
