@@ -1,7 +1,7 @@
 """PyTorch's side of a parity check: eager, in float32, all tokens at once, no cache and none of the export's steps.
 
 For our own decoder the encodings' operators are the same PyTorch formulas; these are held against independent ones in
-``tests/test_custom_ops.py``. For a checkpoint nothing is shared.
+``tests/test_op_*.py``. For a checkpoint nothing is shared.
 """
 
 from __future__ import annotations
