@@ -128,8 +128,8 @@ class CompactStep(Step):
             self.last_slots,
             self.total_length,
             bias,
-            sinks,
             *heads[:5],
+            sinks,
         )
         self.presents[layer] = (present_key, present_value)
         return output
@@ -182,7 +182,7 @@ class MaskedStep(Step):
         if bias is not None:
             mask = torch.where(mask, bias, float("-inf"))
         output, present_key, present_value = masked_attention(
-            query, key, value, *self.past[layer], mask, sinks, *heads[:4]
+            query, key, value, *self.past[layer], mask, *heads[:4], sinks
         )
         self.presents[layer] = (present_key, present_value)
         return output

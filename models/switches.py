@@ -70,9 +70,10 @@ def thresholds(model: nn.Module) -> list[int]:
     """The lengths, in tokens, beyond which frequencies switch."""
     found = set()
     for module in model.modules():
+        rotary: Any = module
         for layer_type, kind in rope_types(module).items():
             if kind == "dynamic":
-                found.add(int(module.config.max_position_embeddings))
+                found.add(int(rotary.config.max_position_embeddings))
             elif kind == "longrope":
                 found.add(int(_parameters(module, layer_type)["original_max_position_embeddings"]))
     return sorted(found)

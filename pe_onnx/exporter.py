@@ -141,9 +141,7 @@ def to_onnx(
     # sizes that differ from each other and from 1, lest two dimensions be taken for one, and a tensor of its own for
     # each input, lest two inputs be
     batch, new, before = 2, 3, 5
-    past = [
-        tuple(torch.zeros(batch, K, before, D, dtype=torch_dtype) for _ in range(2)) for K, D in E.caches
-    ]
+    past = [tuple(torch.zeros(batch, K, before, D, dtype=torch_dtype) for _ in range(2)) for K, D in E.caches]
     lengths = (new, before + new, new)
     args = (*(torch.ones(batch, length, dtype=torch.int64) for length in lengths), past)
     dynamic = torch.export.Dim.DYNAMIC

@@ -11,16 +11,14 @@ from pe_onnx.bundle import read_bundle, write_bundle
 def manifest() -> dict[str, Any]:
     """All that a bundle must say, of a model that is not there."""
     return {
-        "format": 1,
+        "format": 2,
         "contract": 1,
         "target": "ort",
         "dtype": "fp32",
         "logits": "last",
         "encoding": {"name": "rope", "parameters": {}},
         "model": {
-            "layers": 2,
-            "kv_heads": 4,
-            "head_size": 16,
+            "caches": [[4, 16], [4, 16]],
             "vocab_size": 256,
             "trained_length": 2048,
             "max_length": None,

@@ -131,7 +131,8 @@ def test_a_manifest_without_a_key_is_refused(real: Path, key: str) -> None:
         ("dtype", "fp99"),
         ("logits", "some"),
         ("model", []),
-        ("model", {"layers": 2}),
+        ("model", {"vocab_size": 256}),
+        ("model", {"vocab_size": 256, "caches": [[4, 0]]}),
         ("tokenizer", "bytes"),
     ],
 )
@@ -140,7 +141,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(real: Path, key: str, value: o
     refused(real, key, verify=verify)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", 2), ("format", 99), ("contract", 2), ("format", "1")])
+@pytest.mark.parametrize(("key", "value"), [("format", 1), ("format", 99), ("contract", 2), ("format", "1")])
 def test_a_newer_format_is_refused(real: Path, key: str, value: object) -> None:
     edited(real, lambda values: values.update({key: value}))
     refused(real, f"{key} {value}", "export it again")
@@ -148,7 +149,14 @@ def test_a_newer_format_is_refused(real: Path, key: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("layers", 1), ("layers", 3), ("kv_heads", 3), ("head_size", 32), ("vocab_size", 300), ("head_size", "16")],
+    [
+        ("caches", [[4, 16]]),
+        ("caches", [[4, 16]] * 3),
+        ("caches", [[3, 16]] * 2),
+        ("caches", [[4, 32]] * 2),
+        ("caches", [[4, "16"]] * 2),
+        ("vocab_size", 300),
+    ],
 )
 def test_sizes_that_are_not_the_models_are_found(real: Path, key: str, value: object) -> None:
     """The manifest has no checksum of its own; the graph's inputs and outputs tell."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count, groupby
 from typing import Any
 
 import click
@@ -97,7 +96,16 @@ def _folded(shapes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         else:
             folded[name] = dims
     for (stem, kind, dims), numbers in layers.items():
-        runs = [list(run) for _, run in groupby(numbers, key=lambda n, c=count(): n - next(c))]
-        spans = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
-        folded[f"{stem}.{{{spans}}}.{kind}"] = dims
+        folded[f"{stem}.{{{_spans(numbers)}}}.{kind}"] = dims
     return folded
+
+
+def _spans(numbers: list[int]) -> str:
+    """Ascending numbers as ``0..3,5``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
