@@ -4,8 +4,8 @@ KERPLE (Chi et al. 2022) and every encoding of one's own whose term on the score
 
     bias[b, h, i, j] = by_distance[h, clip(query_position[b, i] - key_position[b, j], 0, N - 1)]
 
-The function itself is evaluated once per distance, N times in place of T S times. Of one query whose keys stand in a row
-the bias is then a slice.
+The function itself is evaluated once per distance, N times in place of T S times. Of one query whose keys stand in a
+row the bias is then a slice.
 """
 
 import torch
@@ -35,10 +35,10 @@ def DistanceBias(by_distance: FLOAT, query_positions: INT64, key_positions: INT6
         # distances q .. q - S + 1, those before 0 as 0; a negative pad cuts off what is too far, a positive one repeats
         q = opset23.Reshape(query_positions, opset23.Constant(value_ints=[1]))
         S = opset23.Shape(key_positions, start=1, end=2)
-        backwards = opset23.Range(opset23.Squeeze(farthest), -1, -1)
-        reverse = opset23.Unsqueeze(
-            opset23.Gather(by_distance, backwards, axis=1), opset23.Constant(value_ints=[0, 2])
-        )  # [1, H, 1, N]
+        last = opset23.Constant(value_ints=[-1])
+        before_first = opset23.Constant(value_ints=[-(2**63)])
+        reversed_vectors = opset23.Slice(by_distance, last, before_first, axis1, last)
+        reverse = opset23.Unsqueeze(reversed_vectors, opset23.Constant(value_ints=[0, 2]))  # [1, H, 1, N]
         zeros = opset23.Constant(value_ints=[0, 0, 0])
         pads = opset23.Concat(zeros, q - farthest, zeros, S - 1 - q, axis=0)
         bias = opset23.Pad(reverse, pads, mode="edge")  # [1, H, 1, S]

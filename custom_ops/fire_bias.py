@@ -1,6 +1,6 @@
 """FIRE: a network of one hidden layer on the distance, measured against the query's own position.
 
-Li et al. 2024, Functional Interpolation for Relative Positions, equations 4 to 6 and appendix C::
+Li et al. 2024, Functional Interpolation for Relative Positions, section 3::
 
     d = max(query_position - key_position, 0)        L = |threshold|
     x = psi(d) / psi(max(query_position, L))         psi(y) = log(|c| y + 1)

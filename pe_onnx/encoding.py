@@ -129,7 +129,7 @@ def declared_parameters(cls: type[PositionalEncoding]) -> dict[str, Any]:
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        keywords = inspect.signature(base.__init__).parameters.values()
+        keywords = inspect.signature(vars(base)["__init__"]).parameters.values()
         for p in keywords:
             if p.kind is inspect.Parameter.KEYWORD_ONLY:
                 found.setdefault(p.name, p.default)
@@ -182,7 +182,7 @@ def _converted(encoding: str, defaults: Mapping[str, Any], given: Mapping[str, A
         kind = type(defaults[name])
         if kind not in CONVERSIONS:
             raise ConfigError(
-                f"encoding {encoding!r}: the default of {name} must be a bool, an int, a float, None or a tuple of floats"
+                f"encoding {encoding!r}: the default of {name} must be a bool, an int, a float, None or a tuple"
             )
         convert, accepted = CONVERSIONS[kind]
         try:

@@ -1,7 +1,7 @@
 """ALiBi as Falcon defines it: BLOOM's slopes in bfloat16, the product rounded to it, and scaled like the scores.
 
-Falcon-RW; transformers 5.23 ``falcon.build_alibi_tensor``. bfloat16 has 8 bits, so the penalty is a staircase in the key's
-position, and not a function of the distance::
+Falcon-RW; transformers 5.23 ``falcon.build_alibi_tensor``. bfloat16 has 8 bits, so the penalty is a staircase in the
+key's position, and not a function of the distance::
 
     term[h, t] = bf16(bf16(slope[h]) * bf16(t)) / sqrt(D)
     bias[b, h, i, j] = term[h, key_position[b, j]] - term[h, query_position[b, i]]

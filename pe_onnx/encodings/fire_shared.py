@@ -1,6 +1,6 @@
 """FIRE-S: a small network of the distance relative to the query's own position; one network for all layers.
 
-Li et al. 2024, Functional Interpolation for Relative Positions, section 3 and appendix C (layer-wise sharing), the formula
+Li et al. 2024, Functional Interpolation for Relative Positions, section 3, with layer-wise sharing; the formula stands
 in ``custom_ops/fire_bias.py``. The threshold L keeps short texts from being stretched.
 """
 

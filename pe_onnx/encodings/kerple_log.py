@@ -1,6 +1,7 @@
 """KERPLE, the logarithmic kernel: a penalty that grows with the logarithm of the distance, learned for each head.
 
-Chi et al. 2022, equation 5; the authors' ``ParallelKerpleLog`` (one set for all layers, each number at least 0.01)::
+Chi et al. 2022, the logarithmic variant; the authors' ``ParallelKerpleLog`` (one set for all layers, each number
+at least 0.01)::
 
     bias[h, i, j] = -r1[h] log(1 + r2[h] (i - j))        r1, r2 > 0
 """

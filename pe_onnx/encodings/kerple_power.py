@@ -1,7 +1,7 @@
 """KERPLE, the power kernel: a penalty that grows with a power of the distance, learned for each head.
 
-Chi et al. 2022, equation 4; the authors' ``ParallelKerplePower`` with the bias kernel (one set for all layers, r1 at least
-0.01, r2 between 0.01 and 2). With r2 = 1 it is ALiBi::
+Chi et al. 2022, the power variant; the authors' ``ParallelKerplePower`` with its bias kernel (one set for all layers,
+r1 at least 0.01, r2 between 0.01 and 2). With r2 = 1 it is ALiBi with learned slopes::
 
     bias[h, i, j] = -r1[h] (i - j)^r2[h]        r1 > 0, 0 < r2 <= 2
 """

@@ -1,6 +1,6 @@
 """RoPE with layers that have none: every n-th layer sees no position at all.
 
-Yang et al. 2025, Rope to Nope and Back Again; SmolLM3 and Llama 4 (transformers 5.23 ``no_rope_layer_interval``, n = 4)::
+Yang et al. 2025, Rope to Nope and Back Again; SmolLM3 and Llama 4 (transformers 5.23 ``no_rope_layer_interval``, 4)::
 
     layers 0 .. n - 2, n .. 2n - 2, ...    angle[t, i] = t * theta^(-2i/R)
     layers n - 1, 2n - 1, ...              queries and keys as they are

@@ -1,7 +1,7 @@
 """RoPE with two bases by layer type: a small one for local layers, a great one for every n-th, global layer.
 
-Gemma 3 (technical report 2025, section 2; transformers 5.23 ``rope_parameters`` nested by layer type, n = 6), ModernBERT
-(n = 3)::
+Gemma 3 (technical report 2025, section 2; transformers 5.23 ``rope_parameters`` nested by layer type, n = 6) and
+ModernBERT (n = 3)::
 
     angle[t, i] = t * local_theta^(-2i/R)           layers 0 .. n - 2, n .. 2n - 2, ...
                   t * theta^(-2i/R) / factor        layers n - 1, 2n - 1, ...

@@ -1,7 +1,7 @@
 """T5 relative bias with weights of its own in every layer.
 
-Raffel et al. 2020, section 2.1, where all layers share one table (``t5_bias``); UMT5 (Chung et al. 2023) has one in each,
-as transformers 5.23 ``UMT5Attention`` does. The formula stands in ``custom_ops/t5_relative_bias.py``.
+Raffel et al. 2020, section 2.1, where all layers share one table (``t5_bias``); UMT5 (Chung et al. 2023; transformers
+5.23 ``UMT5Attention``) has one in each. The formula stands in ``custom_ops/t5_relative_bias.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """xPos: RoPE whose channels fade with the distance, the slow ones the more, so that far scores do not oscillate.
 
-Sun et al. 2022, A Length-Extrapolatable Transformer, section 3.2 and algorithm 1; torchscale's ``XPOS`` (scale_base 512)::
+Sun et al. 2022, A Length-Extrapolatable Transformer, section 3.2, algorithm 1; torchscale's ``XPOS``, scale_base 512::
 
     zeta[i] = (2i + 0.4 R) / (1.4 R)        angle[t, i] = t * theta^(-2i/R)
     query pair i at t:  turned by the angle, times zeta[i]^( (t - c) / scale_base)
