@@ -36,6 +36,8 @@ class Exportable:
     """Tokens the model was trained on: the cache grows up to here unless told otherwise."""
     max_length: int | None = None
     """Tokens the encoding can take at all; None where nothing limits it."""
+    path_dependent: bool = False
+    """Whether the logits depend on the chunks in which a text is run."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Mapping[str, Any] | None = None
@@ -79,9 +81,12 @@ class PlainDecoder(nn.Module):
         return self.decoder(input_ids, position_ids, PlainStep(attention_mask))
 
 
-def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: str | None = None) -> Exportable:
+def from_config(
+    config: DecoderConfig, target: Target, last_only: bool, preset: str | None = None, dtype: str = "fp32"
+) -> Exportable:
     """Our own decoder with the encoding that the config names."""
     decoder = Decoder(config)
+    max_length = decoder.encoding.max_length_in(dtype)
     given = config.encoding_parameters
     module = CachedDecoder(decoder, target, last_only)
     caches = [(config.kv_heads, config.head_size)] * config.num_hidden_layers
@@ -95,8 +100,9 @@ def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: 
             for name, value in decoder.encoding.parameters_used.items()
         },
         source={"kind": "encoding", "preset": preset, "config": config.to_dict()},
-        trained_length=config.max_position_embeddings,
-        max_length=decoder.encoding.max_length,
+        trained_length=min(config.max_position_embeddings, max_length or config.max_position_embeddings),
+        max_length=max_length,
+        path_dependent=decoder.encoding.path_dependent,
         config={"model_type": "pe_onnx", "architectures": ["Decoder"], **config.to_dict()},
         generation_config={},
         tokenizer={"kind": "bytes"} if config.vocab_size == 256 else None,

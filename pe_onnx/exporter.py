@@ -111,7 +111,7 @@ def export(
             }
             preset = preset or "tiny"
             resolved = DecoderConfig.preset(preset, **fields)
-            exportable = from_config(resolved, cast(contract.Target, target), last_only, preset)
+            exportable = from_config(resolved, cast(contract.Target, target), last_only, preset, dtype)
         elif model is not None:
             with needs("a checkpoint", "'pe-onnx[export]'"):
                 from pe_onnx.models.bridge import from_checkpoint
@@ -253,7 +253,7 @@ def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: s
         "target": target,
         "dtype": dtype,
         "logits": logits,
-        "encoding": {"name": e.encoding, "parameters": e.parameters},
+        "encoding": {"name": e.encoding, "parameters": e.parameters, "path_dependent": e.path_dependent},
         "model": {
             "caches": [list(cache) for cache in e.caches],
             "vocab_size": e.vocab_size,

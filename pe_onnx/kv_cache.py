@@ -23,6 +23,9 @@ Array = np.ndarray[Any, Any]
 CHUNK_TOKENS = 256
 """Prompt tokens of one run: enough to fill the cores, few enough that scores [H, T, S] stay small."""
 
+Path = list[dict[int, Array]]
+"""Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
+
 FIRST_CAPACITY = 256
 """Slots of a new in-place cache; it doubles when it is full."""
 
@@ -60,6 +63,8 @@ class KVCache(ABC):
         self.lengths = np.zeros(batch_size, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         """What each row holds."""
+        self.path: Path | None = None
+        """Where a list is put here, each run of the graph is noted in it."""
 
     def prefill(self, rows: Sequence[Tokens], all_logits: bool = False) -> list[Array]:
         """Append each row's tokens, in chunks; at least one token a row.
@@ -213,6 +218,9 @@ class InPlaceCache(KVCache):
         """Tokens ``[b, T]`` for rows from ``row`` on, which hold ``lengths`` tokens after it."""
         b, T = ids.shape
         total = int(lengths.max())
+        if self.path is not None:
+            counts = lengths - self.lengths[row : row + b]
+            self.path.append({row + i: ids[i, :n].copy() for i, n in enumerate(counts)})
         start = np.maximum(lengths - T, 0)
         mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
         positions = np.minimum(start[:, None] + np.arange(T), lengths[:, None] - 1)
@@ -232,6 +240,8 @@ class InPlaceCache(KVCache):
         return logits.download()
 
     def _decode(self, ids: Array, moving: Array) -> Array:
+        if self.path is not None:
+            self.path.append({int(b): ids[b : b + 1].copy() for b in np.flatnonzero(moving)})
         lengths = self.lengths + 1  # a row that does not move overwrites the slot behind its last token
         total = int(lengths.max())
         self.reserve(total)
@@ -292,6 +302,8 @@ class GrowingCache(KVCache):
         return logits
 
     def _append(self, ids: Array, valid: Array) -> Array:
+        if self.path is not None:
+            self.path.append({b: ids[b, valid[b] != 0] for b in range(len(ids)) if valid[b].any()})
         self.mask = np.concatenate((self.mask, valid), 1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         binding = self.session.binding()
