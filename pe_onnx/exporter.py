@@ -34,6 +34,7 @@ with needs("export", "'pe-onnx[export]'"):
 from pe_onnx.custom_ops import OPSET, translation_table
 from pe_onnx.models.exportable import Exportable, from_config
 from pe_onnx.passes.contract_names import ContractNames
+from pe_onnx.passes.lean import lean
 from pe_onnx.passes.transposed_weights import TransposedWeights
 
 Progress = Callable[[str], None]
@@ -169,6 +170,7 @@ def to_onnx(
         TransposedWeights()(model)
         optimizer.optimize_ir(model, inline=True)
         fuse_rms_normalization(model)
+        lean()(model)
         optimizer.optimize_ir(model, inline=False)
         ContractNames(
             contract.input_shapes(E.layers, E.kv_heads, E.head_size),
