@@ -26,6 +26,22 @@ BRIDGE, OWN = "bridge", "own decoder"
 TOLERANCE = 5e-5
 """Of the logits' spread."""
 
+SAME = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+]
+"""Fields that transformers' configuration of a Llama and ours have in common."""
+
 NAMES = {
     "model.embed_tokens": "embedding",
     "model.layers": "blocks",
@@ -53,14 +69,11 @@ def own_decoder(checkpoint: Path) -> tuple[Any, Any]:
     theirs = model.config
     if (theirs.model_type, theirs.rope_parameters["rope_type"]) != ("llama", "default"):
         raise click.ClickException(f"{checkpoint} must be a Llama with plain RoPE, received {theirs.model_type}")
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    same += ("intermediate_size", "max_position_embeddings", "hidden_act", "attention_bias", "mlp_bias")
-    same += ("tie_word_embeddings",)
     config = DecoderConfig(
         encoding="rope",
         encoding_parameters={"theta": theirs.rope_parameters["rope_theta"]},
         norm_eps=theirs.rms_norm_eps,
-        **{name: getattr(theirs, name) for name in same},
+        **{name: getattr(theirs, name) for name in SAME},
     )
     decoder = Decoder(config)
     weights = {}

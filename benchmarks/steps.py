@@ -26,7 +26,7 @@ def fill(cache: Any, tokens: int, rng: np.random.Generator) -> None:
 
 
 def decode_times(models: dict[str, Any], context: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each decode step at ``context`` cached tokens, contestants in turn, the first of a turn in turn too."""
+    """Seconds of each decode step at ``context`` cached tokens, contestants in turn, each first in its turn."""
     rng = np.random.default_rng(0)
     caches = {}
     for name, model in models.items():

@@ -51,9 +51,7 @@ class GraphMaker:
 
     def rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value, R: int, interleaved: int = 0) -> ir.Value:
         shape = list(x.shape or ())
-        return self.op(
-            "RotaryEmbedding", x, cos, sin, shape=shape, num_heads=0, interleaved=interleaved, rotary_dim=R
-        )
+        return self.op("RotaryEmbedding", x, cos, sin, shape=shape, num_heads=0, interleaved=interleaved, rotary_dim=R)
 
     def slice(self, x: ir.Value, start: int, stop: int, step: int = 1) -> ir.Value:
         shape = list(x.shape or ())
@@ -95,7 +93,9 @@ def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 def feeds(model: ir.Model, **sizes: int) -> dict[str, np.ndarray]:
     """Random inputs; a symbol has the size given for its name."""
     rng = np.random.default_rng(7)
-    shapes = {v.name: [n if isinstance(n, int) else sizes[n.value or "unnamed"] for n in v.shape] for v in model.graph.inputs}
+    shapes = {
+        v.name: [n if isinstance(n, int) else sizes[n.value or "unnamed"] for n in v.shape] for v in model.graph.inputs
+    }
     return {str(name): rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 

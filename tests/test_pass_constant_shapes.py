@@ -26,7 +26,9 @@ def reshaped(g: GraphMaker, before: list[object], target: list[int | None], afte
         ([2, 5, 12], [10, 12], [10, 12], [10, 12]),
     ],
 )
-def test_fires(before: list[object], target: list[int | None], after: list[object], constant: list[int], T: int) -> None:
+def test_fires(
+    before: list[object], target: list[int | None], after: list[object], constant: list[int], T: int
+) -> None:
     model = reshaped(GraphMaker(), before, target, after)
     assert apply(ConstantShapes(), model, T=T)
     assert counts(model) == {"Reshape": 1, "Neg": 1}

@@ -47,7 +47,9 @@ def test_two_transposes_behind() -> None:
     assert counts(model)["Transpose"] == 0
 
 
-@pytest.mark.parametrize("case", ["perm", "perm behind", "read elsewhere", "output", "output behind", "heads", "packed"])
+@pytest.mark.parametrize(
+    "case", ["perm", "perm behind", "read elsewhere", "output", "output behind", "heads", "packed"]
+)
 def test_does_not_fire(case: str) -> None:
     g = GraphMaker()
     heads: int | str | None = {"heads": None}.get(case, H)

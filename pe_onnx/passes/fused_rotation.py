@@ -9,6 +9,7 @@ import onnx_ir as ir
 from pe_onnx.custom_ops.rotary_embedding import RotaryEmbedding
 from pe_onnx.passes.nodes import (
     Part,
+    Size,
     attribute,
     constant,
     insert,
@@ -70,9 +71,10 @@ class FusedRotation(ir.passes.InPlacePass):
         if shape is None or len(shape) != 4 or not isinstance(shape[-1], int) or cos.dtype != turn.source.dtype:
             return False
         R = shape[-1]
-        narrow = [self._table(graph, add, table, R, turn) for table in (cos, sin)]
-        if narrow[0] is None or narrow[1] is None:
+        found = [_narrow_table(table, R, turn) for table in (cos, sin)]
+        if found[0] is None or found[1] is None:
             return False
+        narrow = [self._slice(graph, add, *taken, R) for taken in (found[0], found[1])]
         if turn.backwards:
             narrow[1] = self._once(("Neg", narrow[1]), add, "Neg", [narrow[1]], sizes(narrow[1]) or [])
         attributes = {"num_heads": 0, "interleaved": int(turn.in_pairs), "rotary_dim": R}
@@ -80,35 +82,14 @@ class FusedRotation(ir.passes.InPlacePass):
         replace(add.outputs[0], rotated)
         return True
 
-    def _table(self, graph: ir.Graph, add: ir.Node, wide: ir.Value, R: int, turn: Turned) -> ir.Value | None:
-        """``[B, T, R/2]`` of a table ``[B, 1, T, R]``."""
-        shape = sizes(wide)
-        if shape is None or len(shape) != 4 or shape[1] != 1 or shape[-1] != R:
-            return None
-        x = sizes(turn.source) or []
-        if not (same_size(shape[0], x[0]) and same_size(shape[2], x[2])):  # the operator does not broadcast a table
-            return None
-        node = wide.producer()
-        narrow = interleaved(node) if node is not None and turn.in_pairs else None
-        if narrow is not None:  # repeated behind the axis for the heads: what is repeated is the table
-            taken = part(narrow)
-            if taken is None:
-                return _without_heads(narrow)
-            table = _without_heads(taken.source)
-            if table is None or (taken.start, taken.stop, taken.step) != (0, R // 2, 1):
-                return None
-            stop, step = R // 2, 1
-        else:
-            table = _without_heads(wide)
-            found = repeated(table)
-            if table is None or found is None or found.in_pairs != turn.in_pairs:
-                return None
-            stop, step = (R, 2) if turn.in_pairs else (R // 2, 1)
+    def _slice(self, graph: ir.Graph, add: ir.Node, table: ir.Value, stop: int, step: int, R: int) -> ir.Value:
         bounds = [constant(graph, [value]) for value in (0, stop, 2, step)]
         size = [*(sizes(table) or [])[:2], R // 2]
         return self._once((table, stop, step), add, "Slice", [table, *bounds], size)
 
-    def _once(self, key: tuple[object, ...], before: ir.Node, op_type: str, inputs, shape) -> ir.Value:  # type: ignore[no-untyped-def]
+    def _once(
+        self, key: tuple[object, ...], before: ir.Node, op_type: str, inputs: list[ir.Value], shape: list[Size]
+    ) -> ir.Value:
         """A node for all layers: they stand behind the first, in whose place it is made."""
         if key not in self.tables:
             self.tables[key] = insert(before, op_type, inputs, shape)
@@ -144,13 +125,34 @@ class FusedRotation(ir.passes.InPlacePass):
         return Turned(source, in_pairs, backwards=negated[0] is None)
 
 
+def _narrow_table(wide: ir.Value, R: int, turn: Turned) -> tuple[ir.Value, int, int] | None:
+    """The table ``[B, T, R]`` behind ``[B, 1, T, R]``, and the stop and step that take each frequency once."""
+    shape, x = sizes(wide), sizes(turn.source) or []
+    if shape is None or len(shape) != 4 or shape[1] != 1 or shape[-1] != R:
+        return None
+    if not (same_size(shape[0], x[0]) and same_size(shape[2], x[2])):  # the operator does not broadcast a table
+        return None
+    node = wide.producer()
+    narrow = interleaved(node) if node is not None and turn.in_pairs else None
+    if narrow is not None:  # repeated behind the axis for the heads: the slice before it is all that is needed
+        taken = part(narrow)
+        table = _without_heads(taken.source) if taken is not None else None
+        if taken is None or table is None or (taken.start, taken.stop, taken.step) != (0, R // 2, 1):
+            return None
+        return table, R // 2, 1
+    table = _without_heads(wide)
+    found = repeated(table)
+    if table is None or found is None or found.in_pairs != turn.in_pairs:
+        return None
+    return (table, R, 2) if turn.in_pairs else (table, R // 2, 1)
+
+
 def _exact(p: Part) -> range:
     return range(p.start, p.stop, p.step)
 
 
 def _orders(mul: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
-    a, b = mul.inputs
-    assert a is not None and b is not None
+    a, b = (value for value in mul.inputs if value is not None)
     return [(a, b), (b, a)]
 
 

@@ -6,6 +6,7 @@ equal to nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ def part(value: ir.Value | None) -> Part | None:
         start, stop, _ = slice(starts[0], stops[0]).indices(shape[-1])
         return Part(source, start, stop, steps[0])
     if node.op_type == "Split" and is_last(attribute(node, "axis", 0), source):
-        ends = np.cumsum([0, *((sizes(output) or [None])[-1] or 0 for output in node.outputs)]).tolist()
+        widths = [(sizes(output) or [0])[-1] for output in node.outputs]
+        ends = [0, *itertools.accumulate(width if isinstance(width, int) else 0 for width in widths)]
         if ends[-1] != shape[-1]:
             return None
         index = list(node.outputs).index(value)  # type: ignore[arg-type]

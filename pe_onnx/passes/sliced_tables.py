@@ -75,8 +75,7 @@ class SlicedTables(ir.passes.InPlacePass):
         if taken is None or found is None or node.outputs[0].is_graph_output():
             return False
         shape = sizes(found.narrow)
-        half = shape[-1] if shape else None
-        if not isinstance(half, int):
+        if not shape or not isinstance(half := shape[-1], int):
             return False
         if found.in_pairs:
             once = taken.step == 2 and taken.start in (0, 1) and taken.stop > 2 * half - 2 + taken.start
@@ -84,7 +83,7 @@ class SlicedTables(ir.passes.InPlacePass):
             once = taken.step == 1 and (taken.start, taken.stop) in ((0, half), (half, 2 * half))
         if not once or any(len(readers(link.outputs[0])) != 1 for link in found.chain):
             return False
-        assert shape is not None and node.graph is not None
+        assert node.graph is not None
         value = found.narrow
         for link in reversed(found.chain):
             copy = ir.node(link.op_type, [value, *link.inputs[1:]], attributes=link.attributes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pe_onnx.passes.nodes import HEADS_FIRST, attribute, drop, insert, is_heads_first, is_last, replace, sizes
+from pe_onnx.passes.nodes import HEADS_FIRST, attribute, drop, insert, is_heads_first, is_last, sizes
 
 
 class SplitHeads(ir.passes.InPlacePass):
