@@ -27,6 +27,7 @@ with needs("export", "'pe-onnx[export]'"):
     import onnx
     import onnx_ir as ir
     import torch
+    from onnx_ir.passes.common import InlinePass
     from onnxscript import optimizer
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
     from torch import nn
@@ -35,6 +36,8 @@ from pe_onnx.custom_ops import OPSET, translation_table
 from pe_onnx.models.exportable import Exportable, from_config
 from pe_onnx.models.proof import Proof, of_module
 from pe_onnx.passes.contract_names import ContractNames
+from pe_onnx.passes.fused_norms import FusedNorms
+from pe_onnx.passes.lean import lean
 from pe_onnx.passes.transposed_weights import TransposedWeights
 
 Progress = Callable[[str], None]
@@ -166,8 +169,12 @@ def to_onnx(
         _check_operators(model, target)
         progress("optimize")
         TransposedWeights()(model)
-        optimizer.optimize_ir(model, inline=True)
+        InlinePass()(model)
+        optimizer.fold_constants(model)
         fuse_rms_normalization(model)
+        FusedNorms()(model)  # before the optimizer takes a small epsilon for 0
+        optimizer.optimize_ir(model, inline=False)
+        lean()(model)
         optimizer.optimize_ir(model, inline=False)
         ContractNames(
             contract.input_shapes(E.caches),
