@@ -125,6 +125,7 @@ def from_checkpoint(path: Path, target: Target, last_only: bool) -> Exportable:
         source={"kind": "checkpoint", "path": str(path.resolve()), "model_type": text.model_type},
         trained_length=getattr(text, "max_position_embeddings", None),
         max_length=observed.max_length,
+        path_dependent=bool(switches.thresholds(model)),
         config=loaded.config_json,
         generation_config=loaded.generation_config_json,
         tokenizer=loaded.tokenizer,

@@ -7,6 +7,7 @@ the ``portable`` target: every step returns a longer cache.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,9 @@ FIRST_CAPACITY = 256
 class KVCache(ABC):
     """The cache of ``batch_size`` rows. ``lengths``: int64 ``[B]``, the tokens each row holds.
 
-    max_length: tokens a row may hold; default the trained length. Raises ConfigError for more than the encoding takes.
+    max_length: tokens a row may hold; default the trained length. chunk_tokens: prompt tokens of one run; default
+    CHUNK_TOKENS, or the whole prompt where the encoding's frequencies depend on how far a run reaches. Raises
+    ConfigError for more than the encoding takes.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class KVCache(ABC):
         session: Session,
         batch_size: int = 1,
         max_length: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         bundle = session.bundle
+        if chunk_tokens is None:
+            chunk_tokens = sys.maxsize if bundle.path_dependent else CHUNK_TOKENS
         hard = bundle.max_length
         if max_length is not None and hard is not None and max_length > hard:
             raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
@@ -141,7 +146,7 @@ class InPlaceCache(KVCache):
         session: Session,
         batch_size: int = 1,
         max_length: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
         self.capacity = 0
@@ -264,7 +269,7 @@ class GrowingCache(KVCache):
         session: Session,
         batch_size: int = 1,
         max_length: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
         dtype = session.bundle.cache_dtype
@@ -320,7 +325,7 @@ class GrowingCache(KVCache):
 
 
 def make_cache(
-    session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS
+    session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int | None = None
 ) -> KVCache:
     """The cache that the bundle's target takes."""
     kinds: dict[str, type[KVCache]] = {"ort": InPlaceCache, "portable": GrowingCache}

@@ -48,16 +48,31 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReferenc
     raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
 
 
-def from_checkpoint(path: Path) -> Reference:
-    """transformers' own model with its own eager attention."""
+def from_checkpoint(path: Path) -> Reference | PathReference:
+    """transformers' own model with its own eager attention, and its own cache where frequencies switch."""
     from pe_onnx.exporter import silenced
 
     with needs("a checkpoint", "'pe-onnx[export]'"):
+        from transformers import DynamicCache
+
+        from pe_onnx.models import switches
         from pe_onnx.models.checkpoint import load_model
 
     with silenced():
         model = load_model(path)
-    return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions))
+    if not switches.thresholds(model):
+        return from_module(
+            lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions)
+        )
+
+    def start() -> Forward:
+        cache = DynamicCache()
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)  # forgets the longest text it has seen
+        return lambda ids, mask, positions: (
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        )
+
+    return CachedReference(start)
 
 
 def from_module(module: Any) -> Reference:

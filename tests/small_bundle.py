@@ -16,7 +16,7 @@ def manifest() -> dict[str, Any]:
         "target": "ort",
         "dtype": "fp32",
         "logits": "last",
-        "encoding": {"name": "rope", "parameters": {}},
+        "encoding": {"name": "rope", "parameters": {}, "path_dependent": False},
         "model": {
             "caches": [[4, 16], [4, 16]],
             "vocab_size": 256,
@@ -27,6 +27,7 @@ def manifest() -> dict[str, Any]:
         "source": {"kind": "module", "class": "M"},
         "graph": {"opsets": {"": 23}, "operators": {}, "functions": [], "weight_bytes": 0},
         "tools": {},
+        "proof": {"verified": False},
     }
 
 

@@ -13,15 +13,17 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "families"),
+    ("discovery", "config", "contract", "families", "tolerance"),
     ("bundle",),
+    ("session",),
     ("custom_ops",),
     ("encoding",),
     ("encodings",),
     ("models",),
     ("passes",),
+    ("tracing", "verification"),
+    ("writing",),
     ("exporter",),
-    ("session",),
     ("kv_cache", "tokenizer", "sampling"),
     ("generate",),
     ("reference",),
@@ -30,8 +32,9 @@ LAYERS = [
 ]
 """The import order of design.md, section 2, lowest first; a module imports lower layers only, or its own package.
 
-Two places differ from the order in which data flows. The exporter writes its bundle through ``bundle``, which knows
-nothing of models: it stands below. ``encoding``, the base class, stands below ``encodings``, the files found by name.
+Some places differ from the order in which data flows. The exporter writes its bundle through ``bundle`` and proves it
+in a ``session``, which know nothing of models: they stand below. ``encoding``, the base class, stands below
+``encodings``, the files found by name.
 """
 RUNTIME = ("bundle", "session", "kv_cache", "tokenizer", "sampling", "generate")
 """Never import the export half; what stands above them does, inside functions."""

@@ -48,6 +48,10 @@ def command(bundle: str, as_json: bool) -> None:
         + ", ".join(f"{n} layers x 2 x {K} heads x {D} channels" for (K, D), n in Counter(read.caches).items()),
         "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
         "hard limit": f"{shape['max_length']} tokens" if shape["max_length"] else "none",
+        "path dependent": "yes: frequencies switch with the length, cached keys keep theirs; prompts run whole"
+        if read.path_dependent
+        else "no",
+        "proof": _proof(m["proof"]),
         "tokenizer": (m["tokenizer"] or {}).get("kind", "none"),
         "opsets": ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in m["graph"]["opsets"].items()),
         "functions": ", ".join(m["graph"]["functions"]) or "none",
@@ -73,6 +77,12 @@ def command(bundle: str, as_json: bool) -> None:
     for name, count in m["graph"]["operators"].items():
         operators.add_row(name, str(count))
     console.print(operators)
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    if not proof["verified"]:
+        return "none: exported with --no-verify, or from a module that takes no test"
+    return f"off by {proof['relative_error']:.1e} of the logits' spread on {proof['on']}"
 
 
 def _source(source: dict[str, Any]) -> str:
