@@ -110,18 +110,8 @@ def export(
             logits = found
         if dtype == "fp16":
             _halve(exportable.module)
-        # the model has no name here, so that write can let go of the weights
-        return write(
-            to_onnx(exportable, target, dtype, logits, progress),
-            exportable,
-            Path(output),
-            target,
-            dtype,
-            logits,
-            force,
-            verify,
-            progress,
-        )
+        onnx_model = to_onnx(exportable, target, dtype, logits, progress)
+        return write(onnx_model, exportable, Path(output), target, dtype, logits, force, verify, progress)
 
 
 class FloatLogits(nn.Module):

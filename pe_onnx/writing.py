@@ -60,9 +60,10 @@ def write(
         manifest["proof"] = {"verified": False}
         if verify and exportable.proof is not None:
             progress("verify")
-            del model
+            for value in model.graph.initializers.values():
+                value.const_value = None
             exportable.module = nn.Module()
-            gc.collect()  # the weights' place is onnxruntime's now
+            gc.collect()  # the place of the weights is onnxruntime's now
             from pe_onnx.verification import verify as run_proof  # needs onnxruntime
 
             manifest["proof"] = run_proof(Bundle(folder, manifest), exportable.proof)
