@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_onnx import discovery
 from pe_onnx.contract import Target
 from pe_onnx.errors import CheckpointError, PeOnnxError
-from pe_onnx.models import checkpoint, rotation, switches
+from pe_onnx.models import checkpoint, complex_rotation, rotation, switches
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep, cached_step
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.models.interface import IMPLEMENTATION, BridgeCache, register, serving
@@ -140,13 +140,16 @@ def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[Bri
     """A model behind the graph contract, proven against itself. Raises CheckpointError with the reason."""
     register()
     own = family(model)
+    model.config._attn_implementation = getattr(own, "ATTENTION", "eager")  # what the model is compared with
     rotaries = rotation.find(model)
     with torch.no_grad(), rotation.recorded(rotaries):
         observed = observe(model, takes_positions(model))
     substitutions = [s for r in rotaries if (s := rotation.prove(r)) is not None]
-    substitutions += [*prove_norms(model), *switches.substitutions(model)]
+    substitutions += [*prove_norms(model), *complex_rotation.substitutions(model), *switches.substitutions(model)]
     if own is not None:
         substitutions += own.substitutions(model)
+    if getattr(own, "ENDLESS", False):
+        observed.max_length = None
     module = BridgedDecoder(model, target, last_only, substitutions, observed).eval()
     _reach(module, observed)  # a first run, which shows the masks
     proof = prove(module, observed)
