@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_onnx import discovery
 from pe_onnx.contract import Target
 from pe_onnx.errors import CheckpointError, PeOnnxError
-from pe_onnx.models import checkpoint, complex_rotation, rotation, switches
+from pe_onnx.models import checkpoint, complex_rotation, counted_positions, latent, rotation, switches
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep, cached_step
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.models.interface import IMPLEMENTATION, BridgeCache, register, serving
@@ -51,7 +51,8 @@ class BridgedDecoder(nn.Module):
         self.target = target
         self.last_only = last_only
         self.substitutions = substitutions
-        self.caches = [(K, max(D, E)) for K, D, E in observed.shapes]
+        self.latent = any(latent.is_latent(m) for m in model.modules())
+        self.caches = [(K, D + E if self.latent else max(D, E)) for K, D, E in observed.shapes]
         if target == "ort":  # the fused attention wants whole groups of channels
             self.caches = [(K, -(-D // 16) * 16) for K, D in self.caches]
         self.takes_positions = takes_positions(model)
@@ -146,6 +147,7 @@ def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[Bri
         observed = observe(model, takes_positions(model))
     substitutions = [s for r in rotaries if (s := rotation.prove(r)) is not None]
     substitutions += [*prove_norms(model), *complex_rotation.substitutions(model), *switches.substitutions(model)]
+    substitutions += [*latent.substitutions(model), *counted_positions.substitutions(model)]
     if own is not None:
         substitutions += own.substitutions(model)
     if getattr(own, "ENDLESS", False):
@@ -167,6 +169,7 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
         reach=max((*_reach(module, observed), *switch)),
         limit=observed.max_length,
         alone=bool(switch),
+        **({"cached": latent.cached} if module.latent else {}),
     )
 
     def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from pe_onnx.contract import CacheShape
 from pe_onnx.errors import CheckpointError
-from pe_onnx.models import masks
+from pe_onnx.models import latent, masks
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep
 from pe_onnx.models.masks import Mask
 
@@ -107,9 +107,13 @@ def attend(
         raise CheckpointError(f"{name} hands its attention {kind}")
     cache = current()
     cache.masks.append(attention_mask)
+    if latent.is_latent(module):
+        query = latent.query_of(module, query)
     (_, H, _, D), K, E = query.shape, key.shape[1], value.shape[-1]
     layer = cache.layer_of(key)
-    size = cache.caches[layer][1]
+    cached_heads, size = cache.caches[layer]
+    if K != cached_heads:
+        raise CheckpointError(f"{name} attends to {K} heads of keys, and caches {cached_heads}")
 
     def packed(x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x  # zeros change no score
@@ -129,7 +133,8 @@ def attend(
         window=attention_mask.window,
         chunk=attention_mask.chunk,
     )
-    return output.unflatten(-1, (H, size))[..., :E], None
+    output = output.unflatten(-1, (H, size))[..., :E]
+    return latent.values_of(module, output) if latent.is_latent(module) else output, None
 
 
 def register() -> None:

@@ -16,6 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from pe_onnx.errors import CheckpointError
 
 
+COMPUTED = "its attention does not go through transformers' attention interface: it computes with the mask itself"
+
+
 @dataclass(frozen=True)
 class Mask:
     """A query sees the keys up to its own: of the last ``window`` tokens, and of its own chunk of ``chunk`` tokens."""
@@ -24,6 +27,17 @@ class Mask:
     """Tokens, the query's own included; -1 for all."""
     chunk: int = 0
     """Tokens; 0 for no chunks."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself looks for
+            raise AttributeError(name)
+        raise CheckpointError(COMPUTED)
+
+    def __radd__(self, scores: Any) -> Any:
+        raise CheckpointError(COMPUTED)
+
+
+MEANINGS = {"bidirectional_mask_function": "its attention is bidirectional (is_decoder = true makes a decoder of some)"}
 
 
 def register(name: str) -> None:
@@ -42,7 +56,7 @@ def _make(*args: Any, mask_function: Callable[..., Any], **others: Any) -> Mask:
         elif kind == "chunked_overlay":
             chunk = int(variables["chunk_size"])
         elif part is not causal_mask_function:
-            raise CheckpointError(f"its attention mask has a part {part.__qualname__!r} that is not understood")
+            raise CheckpointError(MEANINGS.get(kind, f"its attention mask has a part {kind!r} that is not understood"))
     return Mask(window, chunk)
 
 
