@@ -74,8 +74,7 @@ class BridgedDecoder(nn.Module):
             ).logits
         self.masks = cache.masks
         if any(present is past_key_values[0] for present in step.presents):
-            name = type(self.model).__name__
-            raise CheckpointError(f"{name}: not every layer's attention goes through transformers' attention interface")
+            raise CheckpointError("not every layer's attention goes through transformers' attention interface")
         return logits.float(), step.presents
 
     @contextmanager
@@ -175,15 +174,8 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
         return module(feed.input_ids, feed.attention_mask, feed.position_ids, past)
 
-    try:
+    with _named(module):
         error = proof.error(run, module.target, module.caches, torch.float32)
-    except PeOnnxError:
-        raise
-    except Exception as failure:
-        reason = str(failure).strip().split("\n", 1)[0]
-        raise CheckpointError(f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}") from (
-            failure
-        )
     if not error <= PROOF_TOLERANCE:
         raise CheckpointError(
             f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of their "
@@ -192,21 +184,26 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     return proof
 
 
+@contextmanager
+def _named(module: BridgedDecoder) -> Iterator[None]:
+    """Whatever goes wrong inside is a CheckpointError that names the model."""
+    try:
+        yield
+    except Exception as failure:
+        reason = str(failure).strip().split("\n", 1)[0]
+        if not isinstance(failure, PeOnnxError):
+            reason = f"with its attention replaced it fails: {reason}"
+        name = type(module.model).__name__
+        raise CheckpointError(f"{name} cannot be exported exactly: {reason}") from failure
+
+
 @torch.no_grad()
 def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
     """Tokens of every window and chunk that the layers hand to attention; 0 stands for none."""
-    try:
+    with _named(module):
         past: list[LayerCache] = [(torch.zeros(1, K, 0, D),) * 2 for K, D in module.caches]
         ids = torch.zeros(1, 3, dtype=torch.int64)
         module(ids, torch.ones_like(ids), torch.arange(3)[None], past)
-    except PeOnnxError:
-        raise
-    except Exception as failure:
-        reason = str(failure).strip().split("\n", 1)[0]
-        name = type(module.model).__name__
-        raise CheckpointError(f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}") from (
-            failure
-        )
     return [0, *(m.window for m in module.masks if m.window > 0), *(m.chunk for m in module.masks)]
 
 

@@ -32,6 +32,8 @@ def _given(module: Any) -> Callable[..., torch.Tensor]:
     original = module.forward
 
     def forward(tokens: Any, *others: Any, **named: Any) -> torch.Tensor:
-        return original(tokens, 0, position_ids=current().step.query_positions)
+        positions = current().step.query_positions
+        rows = original(tokens, 0, position_ids=positions)
+        return rows.reshape(*positions.shape, -1)  # some put an axis in front
 
     return forward

@@ -40,18 +40,26 @@ class BridgeCache(Cache):
         self.masks: list[Mask] = []
         """What the layers handed to attention, in their order."""
         self._last = 0
-        self._keys: list[tuple[torch.Tensor, int]] = []
+        self._keys: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> LayerCache:
         self._last = layer_idx
-        self._keys.append((key_states, layer_idx))
+        self._keys.append((key_states, value_states, layer_idx))
         return key_states, value_states
 
-    def layer_of(self, key: torch.Tensor) -> int:
-        """The layer whose cache holds these keys: another's, where layers share them."""
-        return next((layer for known, layer in self._keys if known is key), self._last)
+    def layer_of(self, key: torch.Tensor, value: torch.Tensor) -> int:
+        """The layer whose cache holds these keys: another's, where layers share them.
+
+        Raises CheckpointError for keys that were cached with other values.
+        """
+        for known, its_value, layer in self._keys:
+            if known is key:
+                if its_value is not value:
+                    raise CheckpointError("its attention takes other values than it caches with its keys")
+                return layer
+        return self._last
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.step.past[0][0].shape[2]
@@ -105,12 +113,14 @@ def attend(
     if not isinstance(attention_mask, Mask):
         kind = "no mask: it is not causal" if attention_mask is None else "a mask that its file builds by itself"
         raise CheckpointError(f"{name} hands its attention {kind}")
+    if not attention_mask.causal:
+        raise CheckpointError(f"{name}: its attention is bidirectional (is_decoder = true makes a decoder of some)")
     cache = current()
     cache.masks.append(attention_mask)
     if latent.is_latent(module):
         query = latent.query_of(module, query)
     (_, H, _, D), K, E = query.shape, key.shape[1], value.shape[-1]
-    layer = cache.layer_of(key)
+    layer = cache.layer_of(key, value)
     cached_heads, size = cache.caches[layer]
     if K != cached_heads:
         raise CheckpointError(f"{name} attends to {K} heads of keys, and caches {cached_heads}")

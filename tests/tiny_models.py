@@ -115,7 +115,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW, "floor_scale": 16,
         "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0, 1, 0], "num_experts_per_tok": 1,
     },
-    "longcat_flash": {**LATENT, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32,
+    "longcat_flash": {**LATENT, "head_dim": 16, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32,
                       "moe_topk": 2, "zero_expert_num": 2},
     "marian": {**DECODER, "decoder_vocab_size": VOCAB},
     "megatron-bert": DECODER,
