@@ -56,6 +56,7 @@ class BridgedDecoder(nn.Module):
         if target == "ort":  # the fused attention wants whole groups of channels
             self.caches = [(K, -(-D // 16) * 16) for K, D in self.caches]
         self.takes_positions = takes_positions(model)
+        self.first = observed.first
         self.masks: list[Mask] = []
         """What the layers of the last run handed to attention."""
 
@@ -67,7 +68,7 @@ class BridgedDecoder(nn.Module):
         past_key_values: list[LayerCache],
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
-        named = {"position_ids": position_ids} if self.takes_positions else {}
+        named = {"position_ids": position_ids + self.first if self.first else position_ids} if self.takes_positions else {}
         with self._replaced(step) as cache:
             logits = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **named
@@ -164,7 +165,7 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     proof = Proof(
         observed.shapes,
         model.config.get_text_config(decoder=True).vocab_size,
-        lambda row, prompt, past: untouched(model, row, prompt, past),
+        lambda row, prompt, past: untouched(model, row, prompt, past, observed.first),
         reach=max((*_reach(module, observed), *switch)),
         limit=observed.max_length,
         alone=bool(switch),
@@ -208,8 +209,10 @@ def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
 
 
 @torch.no_grad()
-def untouched(model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache]) -> list[torch.Tensor]:
-    """transformers' own cached decode of one row: the logits of its prompt and of each step."""
+def untouched(
+    model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache], first: int = 0
+) -> list[torch.Tensor]:
+    """transformers' own cached decode of one row: the logits of its prompt and of each step. first: its first position."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(past):
         cache.update(key, value, layer)
@@ -221,7 +224,7 @@ def untouched(model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list
     for end in (prompt, *range(prompt + 1, prompt + STEPS + 1)):
         mask = torch.ones(1, before + end, dtype=torch.int64)
         if takes_positions(model):
-            named["position_ids"] = torch.arange(before + begin, before + end)[None]
+            named["position_ids"] = first + torch.arange(before + begin, before + end)[None]
         ids = row[None, begin:end]
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **named)
         result.append(output.logits[0].float())
