@@ -148,11 +148,11 @@ def config(model_type: str, **options: Any) -> Any:
     """The tiny configuration of a family, with options on top."""
     default = CONFIG_MAPPING[model_type]
     try:
-        known: Any = default()
+        known = set(default().to_dict()) | set(dir(default))
     except Exception:  # some have no default of their own that is valid
-        known = default
+        known = set(dir(default))
     aliases = set(getattr(default, "attribute_map", {}))
-    values = {k: v for k, v in SIZES.items() if hasattr(known, k) and k not in aliases}
+    values = {k: v for k, v in SIZES.items() if k in known and k not in aliases}
     values |= {**FAMILIES.get(model_type, {}), **options}
     return default(**{k: v for k, v in values.items() if v is not DEFAULT})
 
