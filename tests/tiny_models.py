@@ -6,6 +6,7 @@ of use (a window that is reached, layers of each kind). A value of ``DEFAULT`` l
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import checkpoints
@@ -133,6 +134,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roberta-prelayernorm": DECODER,
     "roc_bert": {**DECODER, "enable_pronunciation": False, "enable_shape": False},
     "roformer": {**DECODER, "embedding_size": 64},
+    "cohere_compass_text": {**FULL, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+    "dbrx": {"n_heads": 4, "n_layers": 2, "max_seq_len": TRAINED, "attn_config": {"kv_n_heads": 2, "rope_theta": 500.0},
+             "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dots1": {**FULL, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "reformer": DECODER,
+    "zaya": {"num_experts_per_tok": 1},
+    "xlstm": {"v_head_dim": DEFAULT, "head_dim": DEFAULT},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention"] * 5 + ["hybrid"]},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention"] * 5 + ["hybrid"]},
     "xglm": {"num_layers": 2, "attention_heads": 4},
     "xlm": {"emb_dim": 64, "n_layers": 2, "n_heads": 4},
     "xlm-roberta": DECODER,
@@ -146,15 +160,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def config(model_type: str, **options: Any) -> Any:
     """The tiny configuration of a family, with options on top."""
-    default = CONFIG_MAPPING[model_type]
-    try:
-        known = set(default().to_dict()) | set(dir(default))
-    except Exception:  # some have no default of their own that is valid
-        known = set(dir(default))
-    aliases = set(getattr(default, "attribute_map", {}))
-    values = {k: v for k, v in SIZES.items() if k in known and k not in aliases}
-    values |= {**FAMILIES.get(model_type, {}), **options}
-    return default(**{k: v for k, v in values.items() if v is not DEFAULT})
+    kind = CONFIG_MAPPING[model_type]
+    values = {**_sizes(kind), **_parts(kind), **FAMILIES.get(model_type, {}), **options}
+    return kind(**{k: v for k, v in values.items() if v is not DEFAULT})
+
+
+def _sizes(kind: Any) -> dict[str, Any]:
+    known = set(dir(kind))
+    with contextlib.suppress(Exception):  # some have no default that is valid
+        known |= set(kind().to_dict())
+    aliases = set(getattr(kind, "attribute_map", {}))
+    return {k: v for k, v in SIZES.items() if k in known and k not in aliases}
+
+
+def _parts(kind: Any) -> dict[str, Any]:
+    """The tiny configurations inside one of several modalities."""
+    parts = {}
+    with contextlib.suppress(Exception):
+        default = kind()
+        for name in kind.sub_configs:
+            part = getattr(default, name)
+            own = type(part)
+            parts[name] = {**_sizes(own), **FAMILIES.get(own.model_type, {})}
+            parts[name] = {k: v for k, v in parts[name].items() if v is not DEFAULT} | {"model_type": own.model_type}
+    return parts
 
 
 def build(model_type: str, seed: int = 0, gain: float = 1.5, **options: Any) -> PreTrainedModel:
