@@ -15,6 +15,7 @@ and computes what a module computes that has seen nothing else.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -83,8 +84,8 @@ def substitutions(model: nn.Module) -> Iterator[Substitution]:
     """Replaces ``forward`` of each rotary module that switches. Raises CheckpointError where one is not understood."""
     for module in model.modules():
         if SWITCHES.keys() & rope_types(module).values():
-            undecorated = getattr(type(module).forward, "__wrapped__", None)
-            if undecorated is None:
+            undecorated = inspect.unwrap(type(module).forward)  # beneath no_grad and dynamic_rope_update
+            if undecorated is type(module).forward:
                 raise CheckpointError(f"{type(module).__name__} switches its frequencies in a way not understood")
             forward = _forward(module, undecorated)
             _prove(module, forward)
