@@ -141,11 +141,16 @@ def family(model: PreTrainedModel) -> ModuleType | None:
     return discovery.load("models.families", name) if name in discovery.names("models.families") else None
 
 
+def untouched_attention(model: PreTrainedModel) -> str:
+    """The implementation of transformers that a bundle is compared with."""
+    return getattr(family(model), "ATTENTION", "eager")
+
+
 def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[BridgedDecoder, Observed, Proof]:
     """A model behind the graph contract, proven against itself. Raises CheckpointError with the reason."""
     register()
     own = family(model)
-    model.config._attn_implementation = getattr(own, "ATTENTION", "eager")  # what the model is compared with
+    model.config._attn_implementation = untouched_attention(model)
     rotaries = rotation.find(model)
     with torch.no_grad(), rotation.recorded(rotaries):
         observed = observe(model, takes_positions(model))

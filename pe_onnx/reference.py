@@ -49,17 +49,19 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReferenc
 
 
 def from_checkpoint(path: Path) -> Reference | PathReference:
-    """transformers' own model with its own eager attention, and its own cache where frequencies switch."""
+    """transformers' own model with its own attention, and its own cache where frequencies switch."""
     from pe_onnx.exporter import silenced
 
     with needs("a checkpoint", "'pe-onnx[export]'"):
         from transformers import DynamicCache
 
         from pe_onnx.models import switches
+        from pe_onnx.models.bridge import untouched_attention
         from pe_onnx.models.checkpoint import load_model
 
     with silenced():
         model = load_model(path)
+        model.config._attn_implementation = untouched_attention(model)
     if not switches.thresholds(model):
         return from_module(
             lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions)
