@@ -1,14 +1,10 @@
-"""Each encoding's numbers against its paper's formula in float64, its parameters, and registration by file."""
+"""The basic encodings' numbers against their papers' formulas in float64, and what parameters are."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.t5.modeling_t5 import T5Attention
 
-import pe_onnx
 from pe_onnx import discovery
 from pe_onnx.config import DecoderConfig
 from pe_onnx.encoding import PositionalEncoding, build_encoding, declared_parameters
@@ -31,7 +26,7 @@ from pe_onnx.errors import ConfigError
 
 ENCODINGS = discovery.names("encodings")
 FAR = torch.tensor([[0, 1, 2, 63, 1000, 2047, 65_536, 99_991, 131_071, 1_000_000]])
-HOOKS = {"embed": {"embed"}, "rotate": {"tables", "rotate"}, "bias": {"bias"}, "none": set()}
+HOOKS = {"embed": {"embed"}, "rotate": {"tables", "rotate"}, "bias": {"bias"}, "layer": {"layer"}, "none": set()}
 
 
 def encoding(name: str, config: dict[str, Any] | None = None, **parameters: Any) -> PositionalEncoding:
@@ -46,7 +41,8 @@ def encoding(name: str, config: dict[str, Any] | None = None, **parameters: Any)
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_an_encoding_is_one_hook_and_a_docstring(name: str) -> None:
     made = encoding(name)
-    overridden = {hook for hooks in HOOKS.values() for hook in hooks if hook in vars(type(made))}
+    hooks = set().union(*HOOKS.values())
+    overridden = {hook for hook in hooks if getattr(type(made), hook) is not getattr(PositionalEncoding, hook)}
     assert overridden == HOOKS[made.hook]
     assert discovery.summary("encodings", name).endswith(".")
     assert made.parameters_used == declared_parameters(type(made))
@@ -137,7 +133,8 @@ def test_partial_rotary_leaves_the_rest_untouched(rotary_dim: int, interleaved: 
     made = encoding("rope", rotary_dim=rotary_dim, interleaved=interleaved)
     x = torch.randn(2, 17, 4 * 16, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(1, 18).repeat(2, 1)
-    got = made.rotate(x, made.tables(positions), 4).unflatten(-1, (4, 16))
+    got, key = (y.unflatten(-1, (4, 16)) for y in made.rotate(x, x, made.tables(positions)))
+    torch.testing.assert_close(key, got, rtol=0, atol=0)
     given = x.unflatten(-1, (4, 16))
     torch.testing.assert_close(got[..., rotary_dim:], given[..., rotary_dim:], rtol=0, atol=0)
     for i in range(rotary_dim // 2):  # as a product of complex numbers
@@ -152,8 +149,8 @@ def test_rope_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 1, 17, 16)
 
     def scores(start: int) -> torch.Tensor:
-        tables = made.tables(start + torch.arange(17)[None])
-        return made.rotate(q, tables, 1)[0] @ made.rotate(k, tables, 1)[0].T
+        query, key = made.rotate(q, k, made.tables(start + torch.arange(17)[None]))
+        return query[0] @ key[0].T
 
     torch.testing.assert_close(scores(0), scores(12_345), rtol=0, atol=1e-4)
     assert (scores(0)[:, 0] - scores(0)[:, 1]).abs().max() > 0.1
@@ -219,8 +216,9 @@ def test_t5_bias_is_the_weight_of_the_bucket(n: int, m: int) -> None:
     torch.testing.assert_close(made.bias(queries, None, 63), want, rtol=0, atol=0)
 
 
-def test_only_a_learned_table_limits_the_length() -> None:
-    assert {name for name in ENCODINGS if encoding(name).max_length is not None} == {"learned"}
+def test_only_tables_and_xpos_limit_the_length() -> None:
+    limited = {name for name in ENCODINGS if encoding(name).max_length is not None}
+    assert limited == {"learned", "learned_offset", "xpos"}
 
 
 def test_none_has_no_hook() -> None:
@@ -309,7 +307,7 @@ def test_a_parameter_changes_the_numbers() -> None:
     assert (encoding("rope", theta=20_000.0).tables(FAR)[0] - base.tables(FAR)[0]).abs().max() > 0.1
     assert encoding("rope", rotary_dim=8).tables(FAR)[0].shape[-1] == 4
     x = torch.randn(1, FAR.shape[1], 64, generator=torch.Generator().manual_seed(0))
-    turned = [encoding("rope", interleaved=i).rotate(x, base.tables(FAR), 4) for i in (False, True)]
+    turned = [encoding("rope", interleaved=i).rotate(x, x, base.tables(FAR))[0] for i in (False, True)]
     assert (turned[0] - turned[1]).abs().max() > 0.1
 
 
@@ -334,85 +332,3 @@ def test_an_unknown_encoding_gives_the_nearest_name(wrong: str, nearest: str) ->
 def test_what_is_no_registered_name_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="unknown encoding"):
         encoding(wrong)
-
-
-# ------------------------------------------------------------------------------------------------ the file registers it
-
-NEW_FILE = '''"""Kerple, the logarithmic kind: a penalty that grows with the logarithm of the distance.
-
-Chi et al. 2022.
-"""
-
-import torch
-
-from pe_onnx.encoding import PositionalEncoding
-
-
-class Kerple(PositionalEncoding):
-    """weight: its strength."""
-
-    hook = "bias"
-
-    def __init__(self, config, *, weight: float = 2.0):
-        super().__init__(config)
-        self.weight = weight
-
-    def bias(self, query_positions, key_positions, key_length):
-        distance = (query_positions[:, :, None] - key_positions[:, None]).clamp(min=0)
-        return -self.weight * torch.log1p(distance.float())[:, None]
-'''
-
-USE = """
-import sys
-from pe_onnx import discovery, encoding
-assert discovery.__file__.startswith(sys.argv[1]), discovery.__file__
-print(" ".join(discovery.names("encodings")))
-print(discovery.summary("encodings", "kerple_log"))
-import torch
-from pe_onnx.config import DecoderConfig
-from pe_onnx.models.attention import PlainStep
-from pe_onnx.models.decoder import Decoder
-decoder = Decoder(DecoderConfig(encoding="kerple_log", encoding_parameters={"weight": "3"}))
-print(decoder.encoding.parameters_used)
-ids = torch.tensor([[1, 2, 3, 4, 5]])
-with torch.no_grad():
-    logits = decoder(ids, torch.arange(5)[None], PlainStep(torch.ones_like(ids)))
-    decoder.encoding.weight = 0.0
-    other = decoder(ids, torch.arange(5)[None], PlainStep(torch.ones_like(ids)))
-print(bool((logits - other).abs().max() > 0.01 * (logits.max() - logits.min())))
-"""
-
-
-def test_a_new_file_is_a_new_encoding(tmp_path: Path) -> None:
-    """In a copy of the package, with no other edit: it is listed, built with its parameter, and used."""
-    home = Path(inspect.getfile(pe_onnx)).parent
-    shutil.copytree(home, tmp_path / "pe_onnx", ignore=shutil.ignore_patterns("__pycache__"))
-    folder = tmp_path / "pe_onnx" / "encodings"
-    (folder / "kerple_log.py").write_text(NEW_FILE)
-    (folder / "_shared.py").write_text("raise RuntimeError('a file with an underscore is not registered')\n")
-    done = subprocess.run(
-        [sys.executable, "-c", USE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        " ".join(sorted([*ENCODINGS, "kerple_log"])),
-        "Kerple, the logarithmic kind: a penalty that grows with the logarithm of the distance.",
-        "{'weight': 3.0}",
-        "True",
-    ]
-
-
-def test_names_follow_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "encodings").mkdir()
-    for name in ("b_second.py", "a_first.py", "__init__.py", "_private.py", "notes.txt"):
-        (tmp_path / "encodings" / name).write_text("'''Words.\n\nMore.'''\n")
-    monkeypatch.setattr(discovery, "ROOT", tmp_path)
-    assert discovery.names("encodings") == ["a_first", "b_second"]
-    assert discovery.summary("encodings", "a_first") == "Words."
-    with pytest.raises(ConfigError, match=r"'rope' \(known: a_first, b_second\)"):
-        discovery.load("encodings", "rope")
