@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ D = 64
 LENGTH = 4096
 """The config's max_position_embeddings."""
 VARIANTS = [name for name in discovery.names("encodings") if name.startswith("rope") or name == "xpos"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread costs more than it does, many times more on a machine that is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(name: str, parameters: dict[str, Any] | None = None, **config: Any) -> Any:
@@ -257,7 +266,7 @@ def llama(name: str, parameters: dict[str, Any] | None = None) -> CachedReferenc
 def test_every_mode_is_transformers_with_its_cache(bundles: Callable[..., Path], name: str, target: str) -> None:
     """Past every switch, in the bundle's own chunks, single rows and ragged batches."""
     folder = bundles(name, target, encoding_parameters=MODELS[name][0], config=SMALL)
-    report = check_parity(folder, llama(name), tokens=101)
+    report = check_parity(folder, llama(name), tokens=81, threads=1)
     assert report.passed, report.to_dict()
     assert report.relative_error < 2e-5
 
@@ -265,7 +274,7 @@ def test_every_mode_is_transformers_with_its_cache(bundles: Callable[..., Path],
 @pytest.mark.parametrize("name", MODELS)
 def test_a_scaling_dropped_is_seen(bundles: Callable[..., Path], name: str) -> None:
     folder = bundles(name, "ort", encoding_parameters=MODELS[name][0], config=SMALL)
-    report = check_parity(folder, llama(name, {"rope_type": "default"}), tokens=101)
+    report = check_parity(folder, llama(name, {"rope_type": "default"}), tokens=81, modes=["whole", "ragged"])
     assert all(mode.relative_error > 0.1 for mode in report.modes)
 
 
