@@ -25,7 +25,15 @@ from pe_onnx.models.masks import Mask
 IMPLEMENTATION = "pe_onnx"
 
 IRRELEVANT = frozenset(
-    {"position_ids", "position_embeddings", "use_cache", "cache_position", "output_attentions", "is_causal"}
+    {
+        "position_ids",
+        "position_embeddings",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "is_causal",
+        "logits_to_keep",
+    }
 )
 """Arguments of the attention interface that change nothing in a causal decoder at inference."""
 
