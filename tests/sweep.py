@@ -65,6 +65,8 @@ def examine(model_type: str, full: bool = True) -> dict[str, Any]:
         except PeOnnxError as error:
             right.pop(target, None)
             reasons[target] = one_line(error)
+        except Exception as error:
+            return {**row, "status": "wrong", "reason": f"{target}: {one_line(error)}"}
     if not right:
         return {**row, "status": "refused", "reason": reasons[next(iter(TARGETS))]}
     own = family(model)

@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "n_positions": TRAINED,
     "d_model": 64,
     "ffn_dim": 96,
-    "encoder_layers": 1,
+    "encoder_layers": 2,
     "encoder_ffn_dim": 96,
     "encoder_attention_heads": 4,
     "decoder_layers": 2,
