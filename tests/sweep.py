@@ -18,18 +18,20 @@ import bridged
 import tiny_models
 import torch
 import transformers
+from click.testing import CliRunner
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
+from pe_onnx.cli.list import command as list_command
 from pe_onnx.contract import TARGETS
 from pe_onnx.errors import PeOnnxError
 from pe_onnx.exporter import silenced
-from pe_onnx.models.bridge import bridge, family
+from pe_onnx.models.bridge import bridge, family, takes_positions
 from pe_onnx.models.observed import Observed
 
 TOLERANCE = 5e-5
 FILE = Path(__file__).parent.parent / "pe_onnx" / "families.json"
 UNPADDED = {"llama4", "llama4_text"}
-"""transformers 5.23 does not compute a padded row as the row alone."""
+"""transformers 5.23 does not compute a padded row as the row alone; nor where it counts positions from the cache."""
 
 
 def encoding_of(model: Any, observed: Observed) -> str:
@@ -77,7 +79,8 @@ def examine(model_type: str, full: bool = True) -> dict[str, Any]:
 
 def _error(model: Any, model_type: str, target: str) -> float:
     exported = bridged.export(model, target)
-    references = bridged.references(model, exported.limit, alone=model_type in UNPADDED)
+    alone = model_type in UNPADDED or not takes_positions(model)
+    references = bridged.references(model, exported.limit, alone=alone)
     return max(bridged.error(exported, reference) for reference in references.values())
 
 
@@ -116,13 +119,27 @@ def document(families: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"transformers": transformers.__version__, "families": dict(sorted(families.items()))}
 
 
+def write_readme() -> None:
+    """The section between the markers becomes what the command prints."""
+    command = "pe-onnx list --models --encodings --markdown"
+    shown = CliRunner().invoke(list_command, command.split()[2:]).output
+    path = FILE.parent.parent / "README.md"
+    before, _, rest = path.read_text("utf-8").partition(f"<!-- {command} -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    path.write_text(f"{before}<!-- {command} -->\n{shown}<!-- end -->{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="model_type; all by default")
     parser.add_argument("--fast", action="store_true", help="the bridge alone, no export")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}; with names, these rows of it")
+    parser.add_argument("--readme", action="store_true", help="only write README.md's section from the file")
     options = parser.parse_args()
+    if options.readme:
+        write_readme()
+        return
     found = sweep(not options.fast, 1 if options.fast else options.jobs, options.names)
     if options.write:
         known = json.loads(FILE.read_text())["families"] if options.names and FILE.exists() else {}

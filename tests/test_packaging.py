@@ -26,7 +26,7 @@ FOLDERS = {"pe_onnx": "pe_onnx", "pe_onnx.custom_ops": "custom_ops", "pe_onnx.mo
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "families"),
+    ("discovery", "config", "contract"),
     ("bundle",),
     ("custom_ops",),
     ("encoding",),
