@@ -8,7 +8,7 @@ What the bridge alone does not carry stands in one file a family, ``models/famil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -103,13 +103,17 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def from_checkpoint(path: Path, target: Target, last_only: bool) -> Exportable:
+def from_checkpoint(
+    path: Path, target: Target, last_only: bool, scaling: Mapping[str, Any] | None = None, follow: bool = False
+) -> Exportable:
     """Bridge the checkpoint at ``path``, a Hugging Face folder or a GGUF file.
+
+    scaling: a longer context, see rope_scaling.py. follow: let keys through that transformers ignores.
 
     Raises CheckpointError for weights that are missing or truncated, for a model or configuration that is not
     understood, and where the bridged module does not compute what transformers computes.
     """
-    loaded = checkpoint.load(path)
+    loaded = checkpoint.load(path, scaling, follow)
     model = loaded.model
     module, observed, proof = bridge(model, target, last_only)
     text = model.config.get_text_config(decoder=True)
@@ -117,10 +121,17 @@ def from_checkpoint(path: Path, target: Target, last_only: bool) -> Exportable:
         module=module,
         caches=module.caches,
         vocab_size=text.vocab_size,
-        encoding=loaded.encoding,
-        parameters=loaded.parameters,
-        source={"kind": "checkpoint", "path": str(path.resolve()), "model_type": text.model_type},
-        trained_length=getattr(text, "max_position_embeddings", None),
+        encoding=loaded.encoding.name,
+        parameters=loaded.encoding.parameters,
+        path_dependent=loaded.encoding.path_dependent,
+        ignored=loaded.encoding.ignored,
+        source={
+            "kind": "checkpoint",
+            "path": str(path.resolve()),
+            "model_type": text.model_type,
+            "rope_scaling": dict(scaling) if scaling else None,
+        },
+        trained_length=loaded.trained_length,
         max_length=observed.max_length,
         config=loaded.config_json,
         generation_config=loaded.generation_config_json,
@@ -175,9 +186,9 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
         raise
     except Exception as failure:
         reason = str(failure).strip().split("\n", 1)[0]
-        raise CheckpointError(f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}") from (
-            failure
-        )
+        raise CheckpointError(
+            f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}"
+        ) from (failure)
     if not error <= PROOF_TOLERANCE:
         raise CheckpointError(
             f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of their "
@@ -198,9 +209,9 @@ def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
     except Exception as failure:
         reason = str(failure).strip().split("\n", 1)[0]
         name = type(module.model).__name__
-        raise CheckpointError(f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}") from (
-            failure
-        )
+        raise CheckpointError(
+            f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}"
+        ) from (failure)
     return [0, *(m.window for m in module.masks if m.window > 0), *(m.chunk for m in module.masks)]
 
 

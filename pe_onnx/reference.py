@@ -35,20 +35,25 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference, str]:
         path = Path(source["path"])
         if not path.exists():
             raise CheckpointError(f"the bundle's checkpoint {path} is gone; name it with --reference")
-        return from_checkpoint(path), f"transformers, {path}"
+        scaling = source.get("rope_scaling")
+        return from_checkpoint(path, scaling), f"transformers, {path}{_scaled(scaling)}"
     raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
 
 
-def from_checkpoint(path: Path) -> Reference:
-    """transformers' own model with its own eager attention."""
+def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Reference:
+    """transformers' own model with its own eager attention. scaling: what the bundle was exported with."""
     from pe_onnx.exporter import silenced
 
     with needs("a checkpoint", "'pe-onnx[export]'"):
-        from pe_onnx.models.checkpoint import load_model
+        from pe_onnx.models.checkpoint import load_model, resolve
 
     with silenced():
-        model = load_model(path)
+        model = load_model(path, config=resolve(path, scaling)[0] if scaling else None)
     return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions))
+
+
+def _scaled(scaling: Mapping[str, Any] | None) -> str:
+    return " with " + ", ".join(f"{key} {value}" for key, value in scaling.items()) if scaling else ""
 
 
 def from_module(module: Any) -> Reference:
