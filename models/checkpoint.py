@@ -113,18 +113,16 @@ def resolve(
 
 def _raw_config(folder: Path, gguf: str | None) -> dict[str, Any]:
     """config.json as it stands, or what transformers reads of a GGUF file's metadata."""
-    if gguf:
-        try:
-            return dict(PreTrainedConfig.get_config_dict(folder, gguf_file=gguf)[0])
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {folder / gguf} cannot be loaded: {_reason(error)}") from error
     try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
+        if gguf is None and not isinstance(json.loads((folder / "config.json").read_text("utf-8")), dict):
+            raise CheckpointError(f"checkpoint {folder}: config.json must hold an object")
+        return dict(PreTrainedConfig.get_config_dict(folder, **({"gguf_file": gguf} if gguf else {}))[0])
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"checkpoint {folder}: config.json is not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"checkpoint {folder}: config.json must hold an object")
-    return raw
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {folder / (gguf or 'config.json')} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ BEARS = re.compile(
     r"|bidirectional"
 )
 BEARS_NOT = re.compile(
-    r"drop|implementation|attn_impl|flash|init|lm_head|router|expert|moe|mlp|mamba|ssm|conv|linear_|image|vision|audio"
+    r"^encoder_|drop|implementation|attn_impl|flash|init|lm_head|router|expert|moe|mlp|mamba|ssm|conv|linear_|image|vision|audio"
     r"|feed_forward|output_attentions|gradient|quantization|label|summary|task|token_id|cross_attention"
 )
 
@@ -40,6 +40,8 @@ LENGTHS = (
 
 SWITCHED_OFF_BY = {"sliding_window": "use_sliding_window", "max_window_layers": "use_sliding_window"}
 """Keys without a meaning while another one is false."""
+OF_LAYERS = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
+"""Keys without a meaning where ``layer_types`` has no such layers."""
 
 Path = tuple[str, ...]
 
@@ -116,6 +118,7 @@ NAME = Kind("a name", lambda v: isinstance(v, str))
 NAMES_OR_NULL = Kind("a list of names", _list_of(lambda v: isinstance(v, str)), nullable=True)
 FLAGS_OR_NULL = Kind("a list of 0 and 1", _list_of(lambda v: v in (0, 1)), nullable=True)
 FACTORS = Kind("a list of positive numbers", _list_of(_positive))
+NUMBERS = Kind("a list of positive numbers and nulls", _list_of(lambda v: v is None or _positive(v)))
 SECTIONS = Kind("a list of integers", _list_of(_is_integer))
 TREE_OR_NULL = Kind("an object", lambda v: isinstance(v, Mapping), nullable=True)
 
@@ -135,6 +138,7 @@ KINDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
         (r".*(attn|attention)_logit_soft_?cap(ping)?", POSITIVE_OR_NULL),
         (r"query_pre_attn_scalar|attention_multiplier|softmax_scale", POSITIVE_OR_NULL),
         (r"clip_qkv", POSITIVE_OR_NULL),
+        (r"layer_rope_theta", NUMBERS),
         (r"rotary_emb_base|(.*_)?rope_theta|rope_local_base_freq", POSITIVE_OR_NULL),
         (r"rotary_pct|partial_rotary_factor|rope_pct", SHARE_OR_NULL),
         (r"layer_types|layers_block_type|attention_layers", NAMES_OR_NULL),

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from pe_onnx.models import config_keys, rope_types
-from pe_onnx.models.config_keys import LENGTHS, SWITCHED_OFF_BY, Path
+from pe_onnx.models.config_keys import LENGTHS, OF_LAYERS, SWITCHED_OFF_BY, Path
 from pe_onnx.models.config_reads import Reads
 
 Flat = dict[Path, Any]
@@ -91,7 +92,7 @@ class Origins:
         switch = SWITCHED_OFF_BY.get(path[-1])
         if switch is not None and self.resolved.get((switch,)) is False:
             return True
-        return self._repeats(path, value, reads) or self._is_default(path) or self._is_superseded(path, value)
+        return self._repeats(path, value, reads) or self._is_default(path) or self._is_of_no_layer(path) or self._is_superseded(path, value)
 
     def _repeats(self, path: Path, value: Any, reads: Reads) -> bool:
         name = {"type": "rope_type"}.get(path[-1], path[-1])
@@ -104,17 +105,26 @@ class Origins:
             return False
 
     def _is_superseded(self, path: Path, value: Any) -> bool:
-        """Whether a list by layer says the same as ``path``, from which transformers would make it."""
-        for key, items in self.raw.items():
-            if isinstance(items, list) and config_keys.bears((key,)):
+        """Whether another key says the same as ``path``, from which transformers would make that key's values."""
+        for key, held in self.raw.items():
+            if key != path[0] and isinstance(held, list | dict) and config_keys.bears((key,)):
                 rest = {k: v for k, v in self.raw.items() if k != key}
                 try:
                     made = self._resolve(rest)
+                    effects = {p for p in self._changes(rest, path, value) if p[0] == key}
                 except Exception:
                     continue
-                if (key,) in self._changes(rest, path, value):
-                    return bool(made.get((key,)) == self.resolved.get((key,)))
+                if effects:
+                    return all(made.get(p, self) == self.resolved.get(p, self) for p in effects)
         return False
+
+    def _is_of_no_layer(self, path: Path) -> bool:
+        """Whether it is about a type of layers that this model has none of."""
+        types = self.resolved.get(("layer_types",)) or ()
+        word = OF_LAYERS.get(path[-1])
+        if word is not None:
+            return bool(types) and not any(word in name for name in types)
+        return len(path) > 2 and path[1] in ALLOWED_LAYER_TYPES and path[1] not in types
 
     def _changes(self, raw: Mapping[str, Any], path: Path, value: Any) -> set[Path]:
         """Resolved leaves that are others when ``path`` has another value."""

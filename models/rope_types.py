@@ -69,13 +69,6 @@ def _lists(config: PreTrainedConfig, rope: Mapping[str, Any]) -> str | None:
     return f"{wrong} has {len(rope[wrong])} numbers and must have {half}, one for each pair of rotary channels"
 
 
-def _stretch(config: PreTrainedConfig, rope: Mapping[str, Any]) -> str | None:
-    before, now = rope["original_max_position_embeddings"], getattr(config, "max_position_embeddings", None)
-    if not is_number(now) or before <= now:
-        return None
-    return f"original_max_position_embeddings = {before} must not be greater than max_position_embeddings = {now}"
-
-
 @dataclass(frozen=True)
 class RopeType:
     """What transformers reads for one ``rope_type``."""
@@ -103,16 +96,16 @@ TYPES: dict[str, RopeType] = {
         ("factor", ORIGINAL),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
         {"beta_fast": 32, "beta_slow": 1, "truncate": True},
-        (_ramp, _stretch),
+        (_ramp,),
     ),
     "longrope": RopeType(
         ("short_factor", "long_factor", ORIGINAL),
         ("attention_factor", "factor"),
-        relations=(_lists, _stretch),
+        relations=(_lists,),
         by_length=True,
     ),
     "llama3": RopeType(
-        ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), relations=(_factor, _band, _stretch)
+        ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), relations=(_factor, _band)
     ),
     "proportional": RopeType((), ("factor",)),
 }
