@@ -21,44 +21,15 @@ from typing import Any
 
 import click
 import numpy as np
+from steps import decode_times, fill, median_ms
 
 ENCODINGS = ("none", "learned", "sinusoidal", "rope", "t5_bias", "alibi")
 BASELINE = "none"
 
 
-def median_ms(times: list[float]) -> float:
-    return 1000 * statistics.median(times)
-
-
-def fill(cache: Any, tokens: int, rng: np.random.Generator) -> None:
-    """Random keys and values in the first ``tokens`` slots: what a decode step costs does not depend on them."""
-    cache.reserve(tokens + 1)
-    values = rng.standard_normal((tokens, cache.buffers[0].shape[3]), np.float32)
-    for buffer in cache.buffers:
-        buffer.host[:, :, :tokens] = values
-        buffer.upload()
-    cache.lengths[:] = tokens
-
-
 def measure_decode(models: dict[str, Any], context: int, repeats: int) -> dict[str, float]:
     """Median ms of one decode step at ``context`` cached tokens, contestants in turn."""
-    rng = np.random.default_rng(0)
-    caches = {}
-    for name, model in models.items():
-        caches[name] = model.cache(1, context + 8)
-        fill(caches[name], context, rng)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 5):
-        order = list(caches)
-        order = order[repeat % len(order) :] + order[: repeat % len(order)]
-        for name in order:
-            cache = caches[name]
-            cache.lengths[:] = context
-            begin = time.perf_counter()
-            cache.decode([7])
-            if repeat >= 5:
-                times[name].append(time.perf_counter() - begin)
-    return {name: median_ms(values) for name, values in times.items()}
+    return {name: median_ms(times) for name, times in decode_times(models, context, repeats).items()}
 
 
 def measure_prefill(models: dict[str, Any], context: int, repeats: int) -> dict[str, float]:

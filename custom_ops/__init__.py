@@ -19,6 +19,8 @@ from pe_onnx.custom_ops._onnx import OPSET, keep_functions
 from pe_onnx.custom_ops._operator import Operator
 from pe_onnx.custom_ops.alibi_bias import alibi_bias
 from pe_onnx.custom_ops.cached_attention import cached_attention
+from pe_onnx.custom_ops.distance_bias import distance_bias
+from pe_onnx.custom_ops.fire_bias import fire_bias
 from pe_onnx.custom_ops.masked_attention import masked_attention
 from pe_onnx.custom_ops.rotary_embedding import rotary_embedding
 from pe_onnx.custom_ops.t5_relative_bias import t5_relative_bias
@@ -29,6 +31,8 @@ __all__ = [
     "OPSET",
     "alibi_bias",
     "cached_attention",
+    "distance_bias",
+    "fire_bias",
     "masked_attention",
     "operators",
     "rotary_embedding",

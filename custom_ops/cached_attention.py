@@ -77,7 +77,29 @@ def CachedAttention(
     return output, present_key, present_value
 
 
-@operator(_fake, CachedAttention)
+def _translate(
+    query,
+    key,
+    value,
+    past_key,
+    past_value,
+    last_slots,
+    total_length,
+    bias,
+    num_heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = -1,
+    sinks=None,
+):
+    tensors = (query, key, value, past_key, past_value, last_slots, total_length, bias, sinks)
+    return CachedAttention(
+        *tensors, num_heads=num_heads, kv_heads=kv_heads, scale=scale, softcap=softcap, window=window
+    )
+
+
+@operator(_fake, _translate)
 def cached_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -87,21 +109,21 @@ def cached_attention(
     last_slots: torch.Tensor,
     total_length: torch.Tensor,
     bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
     num_heads: int,
     kv_heads: int,
     scale: float,
     softcap: float = 0.0,
     window: int = -1,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write the new keys and values into the rows of the cache and attend.
 
     query: ``[B, T, H*D]``. key, value: ``[B, T, K*D]``. past_key, past_value: ``[B, K, P, D]``, D a multiple of 16.
     last_slots: int32 ``[B]``, the slot of each row's last token. total_length: int32 ``[1]``, the greatest of them + 1.
-    bias: None or ``[B or 1, H or 1, T, total_length]``, added to the scores. sinks: None or ``[H]``. window: tokens
-    seen, the query's own included; -1 for all. Returns output ``[B, T, H*D]``, present_key and present_value ``[B, K, P + T, D]``; rows of
-    output at padding are unspecified. In ONNX a call with T > 1 on a filled cache takes B = 1 only, and present has
-    the length of past where that is the longer (a preallocated buffer).
+    bias: None or ``[B or 1, H or 1, T, total_length]``, added to the scores. window: tokens seen, the query's own
+    included; -1 for all. sinks: None or ``[H]``. Returns output ``[B, T, H*D]``, present_key and present_value
+    ``[B, K, P + T, D]``; rows of output at padding are unspecified. In ONNX a call with T > 1 on a filled cache takes
+    B = 1 only, and present has the length of past where that is the longer (a preallocated buffer).
     """
     (B, T, _), (_, K, P, D) = query.shape, past_key.shape
     group = num_heads // kv_heads

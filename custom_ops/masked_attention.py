@@ -104,13 +104,21 @@ def MaskedSinkAttention(
 
 
 def _translate(
-    query, key, value, past_key, past_value, mask, sinks, num_heads: int, kv_heads: int, scale: float, softcap=0.0
+    query,
+    key,
+    value,
+    past_key,
+    past_value,
+    mask,
+    num_heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float = 0.0,
+    sinks=None,
 ):
     tensors = (query, key, value, past_key, past_value)
     if sinks is None:
-        return MaskedAttention(
-            *tensors, mask, num_heads=num_heads, kv_heads=kv_heads, scale=scale, softcap=softcap
-        )
+        return MaskedAttention(*tensors, mask, num_heads=num_heads, kv_heads=kv_heads, scale=scale, softcap=softcap)
     if mask.dtype == onnx_ir.DataType.BOOL:
         mask = opset23.CastLike(opset23.Where(mask, 0.0, float("-inf")), query)
     return MaskedSinkAttention(*tensors, mask, sinks, scale=scale, softcap=softcap)
@@ -124,11 +132,11 @@ def masked_attention(
     past_key: torch.Tensor,
     past_value: torch.Tensor,
     mask: torch.Tensor,
-    sinks: torch.Tensor | None,
     num_heads: int,
     kv_heads: int,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Append the new keys and values to the cache and attend.
 

@@ -128,8 +128,8 @@ class CompactStep(Step):
             self.last_slots,
             self.total_length,
             bias,
-            sinks,
             *heads[:5],
+            sinks,
         )
         self.presents[layer] = (present_key, present_value)
         return output
@@ -182,7 +182,7 @@ class MaskedStep(Step):
         if bias is not None:
             mask = torch.where(mask, bias, float("-inf"))
         output, present_key, present_value = masked_attention(
-            query, key, value, *self.past[layer], mask, sinks, *heads[:4]
+            query, key, value, *self.past[layer], mask, *heads[:4], sinks
         )
         self.presents[layer] = (present_key, present_value)
         return output
@@ -194,12 +194,20 @@ class MaskedStep(Step):
 
 
 class PlainStep(Step):
-    """The reference: all tokens at once, no cache, attention by the plain formula."""
+    """The reference: attention by the plain formula, all tokens at once.
 
-    def __init__(self, attention_mask: torch.Tensor, causal: bool = True) -> None:
+    past: keys and values of the slots before, as an earlier step's ``presents`` has them; None for no cache.
+    """
+
+    def __init__(
+        self, attention_mask: torch.Tensor, causal: bool = True, past: Sequence[LayerCache] | None = None
+    ) -> None:
+        self.past = past
         self.presents: list[LayerCache] = []
         self.key_length = attention_mask.shape[1]
-        self.key_positions = self.query_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.start = past[0][0].shape[2] if past else 0
+        self.key_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.query_positions = self.key_positions[:, self.start :]
         self.valid = attention_mask != 0
         self.causal = causal
 
@@ -214,16 +222,21 @@ class PlainStep(Step):
         heads: Heads,
     ) -> torch.Tensor:
         q, k, v = (
-            x.unflatten(-1, (n, -1)).transpose(1, 2).repeat_interleave(heads.num_heads // n, 1)
+            x.unflatten(-1, (n, -1)).transpose(1, 2)
             for x, n in ((query, heads.num_heads), (key, heads.kv_heads), (value, heads.kv_heads))
-        )  # each [B, H, T, D]
+        )  # [B, H, T, D], [B, K, T, D] twice
+        if self.past is not None:
+            if self.past:
+                k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v), strict=True))
+            self.presents.append((k, v))
+        k, v = (x.repeat_interleave(heads.num_heads // heads.kv_heads, 1) for x in (k, v))  # [B, H, S, D]
         scores = torch.einsum("bhid,bhjd->bhij", q, k) * heads.scale
         if heads.softcap:
             scores = heads.softcap * torch.tanh(scores / heads.softcap)
         if bias is not None:
             scores = scores + bias
         slots = torch.arange(self.key_length, device=q.device)
-        distance = slots[:, None] - slots
+        distance = slots[self.start :, None] - slots
         seen = self.valid[:, None, None, :] | (distance == 0)
         if self.causal:
             seen = seen & (distance >= 0)
@@ -238,7 +251,8 @@ class PlainStep(Step):
         return torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2)
 
     def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _take(hidden, (self.valid.long() * torch.arange(self.key_length, device=hidden.device)).amax(1))
+        valid = self.valid[:, self.start :].long()  # [B, T]
+        return _take(hidden, (valid * torch.arange(valid.shape[1], device=hidden.device)).amax(1))
 
 
 STEPS: dict[str, type[CompactStep] | type[MaskedStep]] = {"ort": CompactStep, "portable": MaskedStep}

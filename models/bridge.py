@@ -1,7 +1,7 @@
 """The bridge: a transformers decoder as it is, with its attention kernel, its cache and its rotation replaced.
 
-Positions, scalings, norms and layouts stay transformers' own code, so they cannot drift from it. Each replacement is run
-against the original on random input, and the bridged module against the untouched one, before anything is exported.
+Positions, scalings, norms and layouts stay transformers' own code, so they cannot drift from it. Each replacement is
+run against the original on random input, and the bridged module against the untouched one, before the export.
 What the bridge alone does not carry stands in one file a family, ``models/families/``.
 """
 
@@ -30,9 +30,12 @@ from pe_onnx.models.norms import prove_norms
 from pe_onnx.models.observed import Observed, observe
 from pe_onnx.models.proof import STEPS, Feed, Proof
 from pe_onnx.models.substitution import Substitution, installed
+from pe_onnx.tolerance import PROOF, TOLERANCES
 
-PROOF_TOLERANCE = 1e-4
-"""Of the logits' spread, float32: far above rounding, far below any lost window, scale or position."""
+PROOF_TOLERANCE = PROOF * TOLERANCES["fp32"].error
+"""Of the logits' spread: far above rounding, far below any lost window, scale or position."""
+
+FAILS = "with its attention replaced it fails"
 
 
 class BridgedDecoder(nn.Module):
@@ -123,7 +126,6 @@ def from_checkpoint(
         vocab_size=text.vocab_size,
         encoding=loaded.encoding.name,
         parameters=loaded.encoding.parameters,
-        path_dependent=loaded.encoding.path_dependent,
         ignored=loaded.encoding.ignored,
         source={
             "kind": "checkpoint",
@@ -133,6 +135,7 @@ def from_checkpoint(
         },
         trained_length=loaded.trained_length,
         max_length=observed.max_length,
+        path_dependent=bool(switches.thresholds(model)),
         config=loaded.config_json,
         generation_config=loaded.generation_config_json,
         tokenizer=loaded.tokenizer,
@@ -186,13 +189,11 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
         raise
     except Exception as failure:
         reason = str(failure).strip().split("\n", 1)[0]
-        raise CheckpointError(
-            f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}"
-        ) from (failure)
+        raise CheckpointError(f"{name} cannot be exported exactly: {FAILS}: {reason}") from failure
     if not error <= PROOF_TOLERANCE:
         raise CheckpointError(
-            f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of their "
-            f"spread"
+            f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of "
+            f"their spread"
         )
     return proof
 
@@ -209,9 +210,7 @@ def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
     except Exception as failure:
         reason = str(failure).strip().split("\n", 1)[0]
         name = type(module.model).__name__
-        raise CheckpointError(
-            f"{name} cannot be exported exactly: with its attention replaced it fails: {reason}"
-        ) from (failure)
+        raise CheckpointError(f"{name} cannot be exported exactly: {FAILS}: {reason}") from failure
     return [0, *(m.window for m in module.masks if m.window > 0), *(m.chunk for m in module.masks)]
 
 

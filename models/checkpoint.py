@@ -122,7 +122,9 @@ def _raw_config(folder: Path, gguf: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"checkpoint {folder}: config.json is not JSON ({error})") from None
     except Exception as error:
-        raise CheckpointError(f"checkpoint {folder / (gguf or 'config.json')} cannot be read: {_reason(error)}") from error
+        raise CheckpointError(
+            f"checkpoint {folder / (gguf or 'config.json')} cannot be read: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

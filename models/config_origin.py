@@ -44,11 +44,13 @@ class Origins:
             return flat(text)
 
         self._resolve = lambda text: resolve(_put(raw, prefix, text))
-        self.raw: Mapping[str, Any] = raw[key] if prefix else raw
+        self.raw: Mapping[str, Any] = raw[prefix[0]] if prefix else raw
         self.resolved = self._resolve(self.raw)
         plain = resolve(raw, edited=False)
         self.commanded = {path for path, value in self.resolved.items() if value != plain.get(path, self)}
-        self.changed = {path: self._changes(self.raw, path, value) | self._same(path, value) for path, value in self.leaves()}
+        self.changed = {
+            path: self._changes(self.raw, path, value) | self._same(path, value) for path, value in self.leaves()
+        }
         self.given = set().union(*self.changed.values())
 
     def _same(self, path: Path, value: Any) -> set[Path]:
@@ -92,7 +94,12 @@ class Origins:
         switch = SWITCHED_OFF_BY.get(path[-1])
         if switch is not None and self.resolved.get((switch,)) is False:
             return True
-        return self._repeats(path, value, reads) or self._is_default(path) or self._is_of_no_layer(path) or self._is_superseded(path, value)
+        return (
+            self._repeats(path, value, reads)
+            or self._is_default(path)
+            or self._is_of_no_layer(path)
+            or self._is_superseded(path, value)
+        )
 
     def _repeats(self, path: Path, value: Any, reads: Reads) -> bool:
         name = {"type": "rope_type"}.get(path[-1], path[-1])
@@ -156,7 +163,7 @@ def flat(config: PreTrainedConfig) -> Flat:
 
 
 def _known(config: PreTrainedConfig) -> set[str]:
-    fields = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    fields = {field.name for field in dataclasses.fields(config)}
     return fields | set(type(config).attribute_map) | {"rope_scaling", "per_layer_config"}
 
 

@@ -135,8 +135,8 @@ def recorded() -> Iterator[Reads]:
             reads.attributes.add((type(self), type(self).attribute_map.get(key, key)))
         return value
 
-    PreTrainedConfig.__getattribute__ = read  # type: ignore[method-assign]
+    PreTrainedConfig.__getattribute__ = read
     try:
         yield reads
     finally:
-        PreTrainedConfig.__getattribute__ = original  # type: ignore[method-assign]
+        PreTrainedConfig.__getattribute__ = original

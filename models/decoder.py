@@ -52,7 +52,7 @@ class Attention(nn.Module):
         H, K = self.config.num_attention_heads, self.config.kv_heads
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, H*D], [B, T, K*D] twice
         if tables is not None:
-            q, k = encoding.rotate(q, tables, H), encoding.rotate(k, tables, K)
+            q, k = encoding.rotate(q, k, tables)
         output = step.attend(
             self.layer,
             q,
@@ -126,16 +126,19 @@ class Decoder(nn.Module):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: Step, last_only: bool = False
     ) -> torch.Tensor:
         """input_ids and position_ids int64 ``[B, T]``; logits ``[B, T, V]``, or ``[B, 1, V]`` for the last token."""
-        hook = self.encoding.hook
         x = self.embedding(input_ids) * self.config.embedding_scale  # [B, T, C]
-        if hook == "embed":
+        if self.encoding.hook == "embed":
             x = x + self.encoding.embed(position_ids).to(x.dtype)
-        tables = self.encoding.tables(position_ids) if hook == "rotate" else None
-        bias = None
-        if hook == "bias":
-            bias = self.encoding.bias(step.query_positions, step.key_positions, step.key_length).to(x.dtype)
-        for block in self.blocks:
-            x = block(x, self.encoding, step, tables, bias)
+        tables: dict[PositionalEncoding, Tables] = {}
+        biases: dict[PositionalEncoding, torch.Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            encoding = self.encoding.layer(i)
+            if encoding.hook == "rotate" and encoding not in tables:
+                tables[encoding] = encoding.tables(position_ids)
+            if encoding.hook == "bias" and encoding not in biases:
+                bias = encoding.bias(step.query_positions, step.key_positions, step.key_length)
+                biases[encoding] = bias.to(x.dtype)
+            x = block(x, encoding, step, tables.get(encoding), biases.get(encoding))
         if last_only:
             x = step.last_token(x)
         logits = self.head(self.norm(x))
@@ -148,12 +151,14 @@ class Decoder(nn.Module):
         branch = (2 * self.config.num_hidden_layers) ** -0.5
         gains = {"q_proj.weight": 1.5, "k_proj.weight": 1.5, "head.weight": 3.0}
         gains |= {"o_proj.weight": branch, "down_proj.weight": branch}
+        nn.init.normal_(self.embedding.weight, generator=generator)
+        self.encoding.draw_weights(generator)
         for name, parameter in self.named_parameters():
+            if name.startswith(("embedding.", "encoding.")):
+                continue
             if parameter.dim() == 1:
                 center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 nn.init.normal_(parameter, center, 0.1, generator=generator)
-            elif name.startswith(("embedding", "encoding")):
-                nn.init.normal_(parameter, 0.0, 1.0, generator=generator)
             else:
                 gain = next((g for end, g in gains.items() if name.endswith(end)), 1.0)
                 nn.init.normal_(parameter, 0.0, gain * parameter.shape[1] ** -0.5, generator=generator)

@@ -1,7 +1,7 @@
 """What a checkpoint says of positions and attention: each key with its value and origin, or refused by name.
 
-Values are those transformers resolved. The origin says whether the file names the key, in whatever spelling, the command
-line does, or transformers filled it in. A key of the file that nothing reads is an error.
+Values are those transformers resolved. The origin says whether the file names the key, in whatever spelling, the
+command line does, or transformers filled it in. A key of the file that nothing reads is an error.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ class Encoding:
     name: str
     parameters: Parameters
     """Name to {"value", "origin"}."""
-    path_dependent: bool = False
-    """Whether a cached decode depends on how its tokens were split into steps."""
     ignored: dict[str, Any] = field(default_factory=dict)
     """Keys that bear on positions or attention, that transformers ignores, and that were let through."""
 
@@ -57,13 +55,13 @@ def read_encoding(origins: Origins, reads: Reads, observed: Observed, where: str
     return Encoding(
         name(config, reads, observed),
         {**_rope(origins, reads, where), **_others(origins, reads, where)},
-        rope_types.by_length(config) and _reads_rope(config, reads),
         ignored,
     )
 
 
 def name(config: PreTrainedConfig, reads: Reads, observed: Observed) -> str:
-    """What the family's file says, else rope where the model reads rope parameters, else the table it was seen to read."""
+    """What the family's file says, else rope where the model reads rope parameters, else the table it was seen to
+    read."""
     families = "models.families"
     if config.model_type in discovery.names(families):
         own = getattr(discovery.load(families, config.model_type), "ENCODING", None)

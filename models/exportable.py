@@ -14,7 +14,7 @@ from pe_onnx.config import DecoderConfig
 from pe_onnx.contract import CacheShape, Target
 from pe_onnx.models.attention import LayerCache, PlainStep, cached_step
 from pe_onnx.models.decoder import Decoder
-from pe_onnx.models.proof import Proof
+from pe_onnx.models.proof import Proof, of_module
 
 
 @dataclasses.dataclass
@@ -32,21 +32,21 @@ class Exportable:
     """Name to {"value", "origin"}: what bears on positions, and where it was read."""
     source: dict[str, Any]
     """How to make the PyTorch reference again."""
-    path_dependent: bool = False
-    """Whether a cached decode depends on how its tokens were split into steps."""
     ignored: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of the checkpoint's configuration that transformers ignores and the user let through."""
     trained_length: int | None = None
     """Tokens the model was trained on: the cache grows up to here unless told otherwise."""
     max_length: int | None = None
     """Tokens the encoding can take at all; None where nothing limits it."""
+    path_dependent: bool = False
+    """Whether the logits depend on the chunks in which a text is run."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Mapping[str, Any] | None = None
     write_assets: Callable[[Path], None] = lambda folder: None
     """Writes tokenizer files into the bundle."""
     proof: Proof | None = None
-    """What the finished bundle is to give on a few tokens; None: what the module itself gives."""
+    """What the finished bundle is to give on a few tokens; None where the module cannot be run on them."""
 
 
 class CachedDecoder(nn.Module):
@@ -83,13 +83,18 @@ class PlainDecoder(nn.Module):
         return self.decoder(input_ids, position_ids, PlainStep(attention_mask))
 
 
-def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: str | None = None) -> Exportable:
+def from_config(
+    config: DecoderConfig, target: Target, last_only: bool, preset: str | None = None, dtype: str = "fp32"
+) -> Exportable:
     """Our own decoder with the encoding that the config names."""
     decoder = Decoder(config)
+    max_length = decoder.encoding.max_length_in(dtype)
     given = config.encoding_parameters
+    module = CachedDecoder(decoder, target, last_only)
+    caches = [(config.kv_heads, config.head_size)] * config.num_hidden_layers
     return Exportable(
-        module=CachedDecoder(decoder, target, last_only),
-        caches=[(config.kv_heads, config.head_size)] * config.num_hidden_layers,
+        module=module,
+        caches=caches,
         vocab_size=config.vocab_size,
         encoding=config.encoding,
         parameters={
@@ -97,9 +102,16 @@ def from_config(config: DecoderConfig, target: Target, last_only: bool, preset: 
             for name, value in decoder.encoding.parameters_used.items()
         },
         source={"kind": "encoding", "preset": preset, "config": config.to_dict()},
-        trained_length=config.max_position_embeddings,
-        max_length=decoder.encoding.max_length,
+        trained_length=min(config.max_position_embeddings, max_length or config.max_position_embeddings),
+        max_length=max_length,
+        path_dependent=decoder.encoding.path_dependent,
         config={"model_type": "pe_onnx", "architectures": ["Decoder"], **config.to_dict()},
         generation_config={},
         tokenizer={"kind": "bytes"} if config.vocab_size == 256 else None,
+        proof=Proof(
+            [(K, D, D) for K, D in caches],
+            config.vocab_size,
+            of_module(module, caches, torch.float32),
+            limit=decoder.encoding.max_length,
+        ),
     )

@@ -64,14 +64,14 @@ class Proof:
         shapes: Sequence[tuple[int, int, int]],
         vocab_size: int,
         reference: Reference,
-        reach: int,
-        limit: int | None,
-        alone: bool,
+        reach: int = 0,
+        limit: int | None = None,
+        alone: bool = False,
     ) -> None:
         """shapes: K, channels of keys and of values of each cache. reach: tokens of the greatest window, chunk or
         switch; limit: tokens the encoding can take; alone: rows of a batch influence each other, so no batch."""
         generator = torch.Generator().manual_seed(0)
-        prompt = max(1, min(PROMPT, (limit or PROMPT) - STEPS))
+        prompt = PROMPT if limit is None else max(1, min(PROMPT, limit - STEPS))
 
         def tokens(n: int) -> torch.Tensor:
             return torch.randint(0, vocab_size, (n + STEPS,), generator=generator)
@@ -88,6 +88,13 @@ class Proof:
         for trial in self.trials:
             trial.expected = [reference(row, len(row) - STEPS, trial.caches) for row in trial.rows]
         self.spread = float(torch.cat([x.reshape(-1) for t in self.trials for row in t.expected for x in row]).std())
+
+    @property
+    def description(self) -> str:
+        """The trials in words."""
+        rows = " and ".join(str(len(row)) for row in self.trials[0].rows)
+        beyond = [f"{len(t.rows[0])} tokens behind {t.past}" for t in self.trials[1:]]
+        return " and ".join([f"rows of {rows} tokens", *beyond])
 
     @torch.no_grad()
     def error(self, run: Run, target: Target, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> float:
@@ -110,6 +117,26 @@ class Proof:
                     difference = (have.float() - want[-have.shape[0] :]).abs().max()
                     worst = max(worst, float(difference) if bool(torch.isfinite(difference)) else float("inf"))
         return worst / self.spread
+
+
+def of_module(
+    module: Callable[..., tuple[torch.Tensor, list[LayerCache]]], caches: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> Reference:
+    """A module that follows the graph contract as the reference of its own export: eager, a row at a time."""
+
+    @torch.no_grad()
+    def reference(row: torch.Tensor, prompt: int, past: list[LayerCache]) -> list[torch.Tensor]:
+        past = past or [(torch.zeros(1, K, 0, D, dtype=dtype),) * 2 for K, D in caches]
+        begin, before, logits = 0, past[0][0].shape[2], []
+        for end in (prompt, *range(prompt + 1, prompt + STEPS + 1)):
+            mask = torch.ones(1, before + end, dtype=torch.int64)
+            positions = torch.arange(before + begin, before + end)[None]
+            output, past = module(row[None, begin:end], mask, positions, past)
+            logits.append(output[0].float())
+            begin = end
+        return logits
+
+    return reference
 
 
 def _widened(x: torch.Tensor, channels: int, dtype: torch.dtype, target: Target) -> torch.Tensor:

@@ -78,8 +78,6 @@ class RopeType:
     defaults: dict[str, Any] = field(default_factory=dict)
     """What transformers takes for an optional key that is not there."""
     relations: tuple[Relation, ...] = ()
-    by_length: bool = False
-    """Whether frequencies switch with the length of the sequence, so that a cached decode depends on its steps."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -91,7 +89,7 @@ TYPES: dict[str, RopeType] = {
     "default": RopeType(),
     "axial": RopeType(),
     "linear": RopeType(("factor",), relations=(_factor,)),
-    "dynamic": RopeType(("factor",), relations=(_factor,), by_length=True),
+    "dynamic": RopeType(("factor",), relations=(_factor,)),
     "yarn": RopeType(
         ("factor", ORIGINAL),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -102,11 +100,8 @@ TYPES: dict[str, RopeType] = {
         ("short_factor", "long_factor", ORIGINAL),
         ("attention_factor", "factor"),
         relations=(_lists,),
-        by_length=True,
     ),
-    "llama3": RopeType(
-        ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), relations=(_factor, _band)
-    ),
+    "llama3": RopeType(("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), relations=(_factor, _band)),
     "proportional": RopeType((), ("factor",)),
 }
 
@@ -169,11 +164,6 @@ def blocks(config: PreTrainedConfig) -> Iterator[tuple[Path, Mapping[str, Any]]]
         yield ("rope_parameters", key), value
     if not nested:
         yield ("rope_parameters",), rope
-
-
-def by_length(config: PreTrainedConfig) -> bool:
-    """Whether a cached decode depends on how its tokens were split into steps."""
-    return any(TYPES[rope.get("rope_type", "default")].by_length for _, rope in blocks(config))
 
 
 def _instead(rope: Mapping[str, Any], key: str) -> str:

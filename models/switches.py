@@ -15,6 +15,7 @@ and computes what a module computes that has seen nothing else.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -70,9 +71,10 @@ def thresholds(model: nn.Module) -> list[int]:
     """The lengths, in tokens, beyond which frequencies switch."""
     found = set()
     for module in model.modules():
+        rotary: Any = module
         for layer_type, kind in rope_types(module).items():
             if kind == "dynamic":
-                found.add(int(module.config.max_position_embeddings))
+                found.add(int(rotary.config.max_position_embeddings))
             elif kind == "longrope":
                 found.add(int(_parameters(module, layer_type)["original_max_position_embeddings"]))
     return sorted(found)
@@ -82,8 +84,8 @@ def substitutions(model: nn.Module) -> Iterator[Substitution]:
     """Replaces ``forward`` of each rotary module that switches. Raises CheckpointError where one is not understood."""
     for module in model.modules():
         if SWITCHES.keys() & rope_types(module).values():
-            undecorated = getattr(type(module).forward, "__wrapped__", None)
-            if undecorated is None:
+            undecorated = inspect.unwrap(type(module).forward)  # of no_grad and of dynamic_rope_update
+            if undecorated is type(module).forward:
                 raise CheckpointError(f"{type(module).__name__} switches its frequencies in a way not understood")
             forward = _forward(module, undecorated)
             _prove(module, forward)

@@ -64,6 +64,11 @@ class Bundle:
         return contract.DTYPES[self.manifest["dtype"]]
 
     @property
+    def path_dependent(self) -> bool:
+        """Whether the logits depend on the chunks in which a text is run: its frequencies switch with the length."""
+        return self.manifest["encoding"]["path_dependent"]
+
+    @property
     def max_length(self) -> int | None:
         """Tokens the encoding can take at all."""
         return self.manifest["model"]["max_length"]
@@ -141,7 +146,7 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
 
     for name, accepted in (("target", contract.TARGETS), ("dtype", contract.DTYPES), ("logits", contract.LOGITS)):
         require(isinstance(m.get(name), str) and m[name] in accepted, name)
-    for name in ("model", "encoding", "source", "graph", "tools", "files"):
+    for name in ("model", "encoding", "source", "graph", "tools", "proof", "files"):
         require(isinstance(m.get(name), dict), name)
     require(count(m["model"].get("vocab_size")), "model.vocab_size")
     caches = m["model"].get("caches")
@@ -151,6 +156,7 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
         require(name in m["model"] and (m["model"][name] is None or count(m["model"][name])), f"model.{name}")
     require(isinstance(m["encoding"].get("name"), str), "encoding.name")
     require(isinstance(m["encoding"].get("parameters"), dict), "encoding.parameters")
+    require(isinstance(m["encoding"].get("path_dependent"), bool), "encoding.path_dependent")
     require(
         all(isinstance(x, dict) and {"value", "origin"} <= x.keys() for x in m["encoding"]["parameters"].values()),
         "encoding.parameters",
@@ -158,6 +164,7 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
     require(isinstance(m["source"].get("kind"), str), "source.kind")
     for name, kind in (("opsets", dict), ("operators", dict), ("functions", list), ("weight_bytes", int)):
         require(isinstance(m["graph"].get(name), kind), f"graph.{name}")
+    require(isinstance(m["proof"].get("verified"), bool), "proof.verified")
     require("tokenizer" in m and (m["tokenizer"] is None or isinstance(m["tokenizer"], dict)), "tokenizer")
     require(MODEL in m["files"], f"files.{MODEL}")
     for name, entry in m["files"].items():

@@ -60,9 +60,7 @@ def input_shapes(caches: Sequence[CacheShape]) -> dict[str, tuple[str | int, ...
     return {**TOKEN_SHAPES, **_cache_shapes(past_names(len(caches)), caches, PAST)}
 
 
-def output_shapes(
-    caches: Sequence[CacheShape], vocab_size: int, logits: str
-) -> dict[str, tuple[str | int, ...]]:
+def output_shapes(caches: Sequence[CacheShape], vocab_size: int, logits: str) -> dict[str, tuple[str | int, ...]]:
     """Every output's name and shape, in graph order. logits: ``last`` or ``all``."""
     tokens: str | int = NEW if logits == "all" else 1
     shapes: dict[str, tuple[str | int, ...]] = {"logits": (BATCH, tokens, vocab_size)}

@@ -1,14 +1,15 @@
 """PositionalEncoding: the one interface behind which the decoder knows no encoding by name.
 
 An encoding overrides one of three hooks, or none: ``embed`` adds a vector to the token embedding, ``tables`` and
-``rotate`` turn queries and keys by position, ``bias`` adds a term to the scores.
+``rotate`` turn queries and keys by position, ``bias`` adds a term to the scores. A mix overrides ``layer`` in their
+place: it names the encoding of each layer.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -20,19 +21,21 @@ from pe_onnx.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from pe_onnx.config import DecoderConfig
 
-Hook = Literal["none", "embed", "rotate", "bias"]
-Tables = tuple[torch.Tensor, torch.Tensor]
+Hook = Literal["none", "embed", "rotate", "bias", "layer"]
+Tables = tuple[torch.Tensor, ...]
 
 
 class PositionalEncoding(nn.Module):
     """Base of all encodings. A subclass takes the decoder's config and its own parameters as keywords."""
 
     hook: ClassVar[Hook] = "none"
-    """Which of the three a subclass overrides, found when it is defined."""
+    """Which of them a subclass overrides, found when it is defined."""
+    path_dependent: bool = False
+    """Whether a cached key depends on how far its step reached, so that other chunks of a text give other logits."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hooks: tuple[Hook, ...] = ("embed", "rotate", "bias")
+        hooks: tuple[Hook, ...] = ("embed", "rotate", "bias", "layer")
         changed = [hook for hook in hooks if getattr(cls, hook) is not getattr(PositionalEncoding, hook)]
         if len(changed) > 1:
             raise TypeError(f"{cls.__name__} overrides {' and '.join(changed)}; an encoding has one hook")
@@ -47,21 +50,52 @@ class PositionalEncoding(nn.Module):
         """The greatest number of tokens it can encode; None where nothing limits it."""
         return None
 
+    def max_length_in(self, dtype: str) -> int | None:
+        """The same for an export in ``fp32`` or ``fp16``, where the cache's range matters."""
+        return self.max_length
+
+    def layer(self, index: int) -> PositionalEncoding:
+        """The encoding of a layer. Layers that are given the same object share its tables or bias of a step."""
+        return self
+
     def embed(self, positions: torch.Tensor) -> torch.Tensor:
         """int64 ``[B, T]`` to the vectors ``[B, T, C]`` that are added to the token embedding."""
         raise NotImplementedError
 
     def tables(self, positions: torch.Tensor) -> Tables:
-        """int64 ``[B, T]`` to float32 cosines and sines ``[B, T, R/2]``, computed once per step."""
+        """int64 ``[B, T]`` to what ``rotate`` needs (float32 cosines and sines ``[B, T, R/2]``), once per step."""
         raise NotImplementedError
 
-    def rotate(self, x: torch.Tensor, tables: Tables, num_heads: int) -> torch.Tensor:
-        """Packed queries or keys ``[B, T, num_heads*D]``, rotated."""
+    def rotate(self, query: torch.Tensor, key: torch.Tensor, tables: Tables) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed queries ``[B, T, H*D]`` and keys ``[B, T, K*D]``, rotated. The keys are cached as they leave here."""
         raise NotImplementedError
 
     def bias(self, query_positions: torch.Tensor, key_positions: torch.Tensor | None, key_length: int) -> torch.Tensor:
-        """The term ``[B, H, T, S]`` on the scores. key_positions None: 0 .. key_length - 1 in every row."""
+        """The term ``[B, H, T, S]`` on the scores, once per step. key_positions None: 0 .. key_length - 1 in a row."""
         raise NotImplementedError
+
+    def draw_weights(self, generator: torch.Generator) -> None:
+        """Random weights of such a size that positions matter: unit normals unless a subclass knows better."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+
+
+class PerLayer(PositionalEncoding):
+    """Base of mixes: an encoding for each layer, in order. Layers share what an object computes if it stands twice."""
+
+    def __init__(self, config: DecoderConfig, layers: Iterable[PositionalEncoding]) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(layers)
+        self.path_dependent = any(self.layer(i).path_dependent for i in range(len(self.layers)))
+
+    def layer(self, index: int) -> PositionalEncoding:
+        chosen = self.layers[index]
+        assert isinstance(chosen, PositionalEncoding)
+        return chosen
+
+    def draw_weights(self, generator: torch.Generator) -> None:
+        for encoding in dict.fromkeys(self.layer(i) for i in range(len(self.layers))):
+            encoding.draw_weights(generator)
 
 
 def build_encoding(config: DecoderConfig) -> PositionalEncoding:
@@ -87,9 +121,21 @@ def build_encoding(config: DecoderConfig) -> PositionalEncoding:
 
 
 def declared_parameters(cls: type[PositionalEncoding]) -> dict[str, Any]:
-    """Name and default of each parameter, read off the constructor's keyword-only arguments."""
-    keywords = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    """Name and default of each parameter, read off the constructor's keyword-only arguments.
+
+    A constructor that takes ``**keywords`` passes them on: its base's parameters are its own too.
+    """
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        keywords = inspect.signature(vars(base)["__init__"]).parameters.values()
+        for p in keywords:
+            if p.kind is inspect.Parameter.KEYWORD_ONLY:
+                found.setdefault(p.name, p.default)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in keywords):
+            break
+    return found
 
 
 def _to_bool(value: Any) -> bool:
@@ -110,8 +156,23 @@ def _to_float(value: Any) -> float:
     return number
 
 
-CONVERSIONS: dict[type, Callable[[Any], Any]] = {bool: _to_bool, int: _to_int, float: _to_float}
-KINDS = {bool: "true or false", int: "an integer", float: "a finite number"}
+def _to_float_or_none(value: Any) -> float | None:
+    return None if value is None or str(value).lower() == "none" else _to_float(value)
+
+
+def _to_floats(value: Any) -> tuple[float, ...]:
+    items = [x for x in value.split(";") if x.strip()] if isinstance(value, str) else list(value)
+    return tuple(_to_float(item) for item in items)
+
+
+CONVERSIONS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    bool: (_to_bool, "true or false"),
+    int: (_to_int, "an integer"),
+    float: (_to_float, "a finite number"),
+    type(None): (_to_float_or_none, "a finite number or none"),
+    tuple: (_to_floats, "finite numbers, as 1;1.2;2"),
+}
+"""The type of a parameter's default to how it is read, and what is accepted."""
 
 
 def _converted(encoding: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,9 +181,18 @@ def _converted(encoding: str, defaults: Mapping[str, Any], given: Mapping[str, A
     for name, value in given.items():
         kind = type(defaults[name])
         if kind not in CONVERSIONS:
-            raise ConfigError(f"encoding {encoding!r}: the default of {name} must be a bool, an int or a float")
+            raise ConfigError(
+                f"encoding {encoding!r}: the default of {name} must be a bool, an int, a float, None or a tuple"
+            )
+        convert, accepted = CONVERSIONS[kind]
         try:
-            result[name] = CONVERSIONS[kind](value)
+            result[name] = convert(value)
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise ConfigError(f"encoding {encoding!r}: {name} = {value!r} must be {KINDS[kind]}") from None
+            raise ConfigError(f"encoding {encoding!r}: {name} = {value!r} must be {accepted}") from None
     return result
+
+
+def check(encoding: str, condition: bool, name: str, value: object, accepted: str) -> None:
+    """Raises ConfigError for a parameter that is out of range."""
+    if not condition:
+        raise ConfigError(f"{encoding}: {name} = {value} must be {accepted}")

@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
-import json
 import logging
-import platform
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pe_onnx import __version__, contract
-from pe_onnx.bundle import MODEL, WEIGHTS, Bundle, check_output, read_bundle, sha256, write_bundle
+from pe_onnx import contract
+from pe_onnx.bundle import Bundle, check_output
 from pe_onnx.config import DecoderConfig
-from pe_onnx.errors import ConfigError, ExportError, PeOnnxError, did_you_mean, needs
+from pe_onnx.errors import ConfigError, PeOnnxError, did_you_mean, needs
 
 with needs("export", "'pe-onnx[export]'"):
-    import onnx
-    import onnx_ir as ir
     import torch
-    from onnxscript import optimizer
-    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
     from torch import nn
 
-from pe_onnx.custom_ops import OPSET, translation_table
 from pe_onnx.models.exportable import Exportable, from_config
-from pe_onnx.passes.contract_names import ContractNames
-from pe_onnx.passes.transposed_weights import TransposedWeights
-
-Progress = Callable[[str], None]
-"""Called with the name of each stage as it begins."""
-
-EMBED_BELOW_BYTES = 1 << 20
-"""Weights smaller than this stand in model.onnx itself."""
-
-TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
+from pe_onnx.models.proof import Proof, of_module
+from pe_onnx.tracing import Progress, to_onnx
+from pe_onnx.writing import write
 
 
 def export(
@@ -63,6 +47,7 @@ def export(
     kv_heads: int | None = None,
     head_size: int | None = None,
     force: bool = False,
+    verify: bool = True,
     verbose: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Bundle:
@@ -76,9 +61,9 @@ def export(
     rope_scaling: a longer context for a checkpoint that has plain RoPE, ``"yarn:factor=4"`` or a mapping with its
     ``rope_type``. follow_transformers: let keys of the checkpoint's configuration through that transformers ignores.
     target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target; a
-    module's are what it gives).
-    Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished; then
-    nothing is written.
+    module's are what it gives). verify: run the finished bundle against the module before it is put in its place.
+    Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished or does not
+    compute what PyTorch computes; then nothing is written.
     """
     one_of("target", target, contract.TARGETS)
     one_of("dtype", dtype, contract.DTYPES)
@@ -114,7 +99,7 @@ def export(
             }
             preset = preset or "tiny"
             resolved = DecoderConfig.preset(preset, **fields)
-            exportable = from_config(resolved, cast(contract.Target, target), last_only, preset)
+            exportable = from_config(resolved, cast(contract.Target, target), last_only, preset, dtype)
         elif model is not None:
             with needs("a checkpoint", "'pe-onnx[export]'"):
                 from pe_onnx.models import rope_scaling as scalings
@@ -135,154 +120,7 @@ def export(
         if dtype == "fp16":
             _halve(exportable.module)
         onnx_model = to_onnx(exportable, target, dtype, logits, progress)
-        return _write(onnx_model, exportable, Path(output), target, dtype, logits, force, progress)
-
-
-def to_onnx(
-    exportable: Exportable, target: str, dtype: str, logits: str, progress: Progress = lambda stage: None
-) -> ir.Model:
-    """The ONNX model in memory, weights still the module's own."""
-    progress("trace")
-    torch_dtype = getattr(torch, contract.DTYPES[dtype])
-    E = exportable
-    # sizes that differ from each other and from 1, lest two dimensions be taken for one, and a tensor of its own for
-    # each input, lest two inputs be
-    batch, new, before = 2, 3, 5
-    past = [tuple(torch.zeros(batch, K, before, D, dtype=torch_dtype) for _ in range(2)) for K, D in E.caches]
-    lengths = (new, before + new, new)
-    args = (*(torch.ones(batch, length, dtype=torch.int64) for length in lengths), past)
-    dynamic = torch.export.Dim.DYNAMIC
-    rows = {0: dynamic, 1: dynamic}
-    shapes = (rows, rows, rows, [({0: dynamic, 2: dynamic},) * 2] * len(E.caches))
-    try:
-        with torch.no_grad():
-            program = torch.export.export(E.module, args, dynamic_shapes=shapes, strict=False)
-        progress("translate")
-        onnx_program = torch.onnx.export(
-            program,
-            input_names=list(contract.input_shapes(E.caches)),
-            output_names=["logits", *contract.present_names(len(E.caches))],
-            opset_version=OPSET,
-            custom_translation_table=translation_table(),
-            optimize=False,
-            dynamo=True,
-            verbose=False,
-        )
-        assert onnx_program is not None
-        model = onnx_program.model
-        _check_operators(model, target)
-        progress("optimize")
-        TransposedWeights()(model)
-        optimizer.optimize_ir(model, inline=True)
-        fuse_rms_normalization(model)
-        optimizer.optimize_ir(model, inline=False)
-        ContractNames(
-            contract.input_shapes(E.caches),
-            contract.output_shapes(E.caches, E.vocab_size, logits),
-            {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype],
-        )(model)
-    except PeOnnxError:
-        raise
-    except Exception as error:
-        cause = _root_cause(error)
-        if isinstance(cause, PeOnnxError):
-            raise cause from error
-        first_line = str(cause).strip().split("\n", 1)[0]
-        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}") from error
-    if target == "ort":
-        model.opset_imports["com.microsoft"] = 1
-    model.producer_name, model.producer_version = "pe-onnx", __version__
-    model.graph.name = "decoder"
-    model.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()
-    return model
-
-
-def _write(
-    model: ir.Model,
-    exportable: Exportable,
-    output: Path,
-    target: str,
-    dtype: str,
-    logits: str,
-    force: bool,
-    progress: Progress,
-) -> Bundle:
-    manifest = _manifest(model, exportable, target, dtype, logits)
-    for key in ("encoding", "target", "dtype", "logits", "tools"):
-        value = manifest[key]
-        model.metadata_props[f"pe_onnx.{key}"] = value if isinstance(value, str) else json.dumps(value)
-    model.metadata_props["pe_onnx.contract"] = str(contract.VERSION)
-    progress("write")
-    with write_bundle(output, manifest, force) as folder:
-        embedded = manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES
-        ir.save(model, folder / MODEL, external_data=None if embedded else WEIGHTS)
-        if not embedded:
-            _add_metadata(folder / MODEL, "pe_onnx.weights_sha256", sha256(folder / WEIGHTS))
-        for name, values in (
-            ("config", exportable.config),
-            ("generation_config", exportable.generation_config),
-        ):
-            (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-        exportable.write_assets(folder)
-    return read_bundle(output, verify=False)
-
-
-def _check_operators(model: ir.Model, target: str) -> None:
-    """Raises ConfigError for a module whose attention is the other target's: its runtime would pad the wrong side."""
-    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph)}
-    wrong = {"portable": {"CachedAttention", "GroupQueryAttention"}, "ort": {"MaskedAttention"}}[target] & used
-    if wrong:
-        other = "ort" if target == "portable" else "portable"
-        raise ConfigError(f"target = {target!r}, and the module uses {min(wrong)}, which is for target {other!r}")
-
-
-def _add_metadata(path: Path, key: str, value: str) -> None:
-    """To a model whose weights stand in another file, which is not touched."""
-    proto = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(proto, {**{p.key: p.value for p in proto.metadata_props}, key: value})
-    path.write_bytes(proto.SerializeToString())
-
-
-def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
-    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
-    return {
-        "format": 1,
-        "contract": contract.VERSION,
-        "target": target,
-        "dtype": dtype,
-        "logits": logits,
-        "encoding": {
-            "name": e.encoding,
-            "parameters": e.parameters,
-            "path_dependent": e.path_dependent,
-            "ignored": e.ignored,
-        },
-        "model": {
-            "caches": [list(cache) for cache in e.caches],
-            "vocab_size": e.vocab_size,
-            "trained_length": e.trained_length,
-            "max_length": e.max_length,
-        },
-        "tokenizer": e.tokenizer,
-        "source": e.source,
-        "graph": {
-            "opsets": dict(model.opset_imports),
-            "operators": dict(counts.most_common()),
-            "functions": sorted(f"{f.domain}::{f.name}" for f in model.functions.values()),
-            "weight_bytes": sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value),
-        },
-        "tools": {"pe-onnx": __version__, "python": platform.python_version(), **_tool_versions()},
-    }
-
-
-def _tool_versions() -> dict[str, str]:
-    versions = {}
-    for tool in TOOLS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[tool] = importlib.metadata.version(tool)
-    return versions
+        return write(onnx_model, exportable, Path(output), target, dtype, logits, force, verify, progress)
 
 
 class FloatLogits(nn.Module):
@@ -342,8 +180,22 @@ def _from_module(
         parameters={},
         source={"kind": "module", "class": f"{own.__module__}.{own.__qualname__}"},
         config={"model_type": "pe_onnx", "architectures": [own.__qualname__], "vocab_size": logits.shape[-1]},
+        proof=_proof_of(module, logits.shape[-1], [(kv_heads, head_size)] * layers, dtype),
     )
     return exportable, "all" if logits.shape[1] == 2 else "last"
+
+
+def _proof_of(
+    module: nn.Module, vocab_size: int, caches: list[contract.CacheShape], dtype: torch.dtype
+) -> Proof | None:
+    """What a user's module gives on a few tokens; None where it takes none (a short table, say)."""
+    try:
+        return Proof([(K, D, D) for K, D in caches], vocab_size, of_module(module, caches, dtype))
+    except PeOnnxError:
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).info("the module cannot be proven: %s", error)
+        return None
 
 
 @contextlib.contextmanager
@@ -368,9 +220,3 @@ def one_of(name: str, value: str, accepted: Mapping[str, Any] | tuple[str, ...])
     if value not in accepted:
         hint = did_you_mean(value, accepted)
         raise ConfigError(f"{name} = {value!r} must be one of {', '.join(accepted)}{hint}")
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

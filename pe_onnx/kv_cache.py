@@ -7,6 +7,7 @@ the ``portable`` target: every step returns a longer cache.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,9 @@ Array = np.ndarray[Any, Any]
 CHUNK_TOKENS = 256
 """Prompt tokens of one run: enough to fill the cores, few enough that scores [H, T, S] stay small."""
 
+Path = list[dict[int, Array]]
+"""Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
+
 FIRST_CAPACITY = 256
 """Slots of a new in-place cache; it doubles when it is full."""
 
@@ -30,7 +34,9 @@ FIRST_CAPACITY = 256
 class KVCache(ABC):
     """The cache of ``batch_size`` rows. ``lengths``: int64 ``[B]``, the tokens each row holds.
 
-    max_length: tokens a row may hold; default the trained length. Raises ConfigError for more than the encoding takes.
+    max_length: tokens a row may hold; default the trained length. chunk_tokens: prompt tokens of one run; default
+    CHUNK_TOKENS, or the whole prompt where the encoding's frequencies depend on how far a run reaches. Raises
+    ConfigError for more than the encoding takes.
     """
 
     def __init__(
@@ -38,9 +44,11 @@ class KVCache(ABC):
         session: Session,
         batch_size: int = 1,
         max_length: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         bundle = session.bundle
+        if chunk_tokens is None:
+            chunk_tokens = sys.maxsize if bundle.path_dependent else CHUNK_TOKENS
         hard = bundle.max_length
         if max_length is not None and hard is not None and max_length > hard:
             raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
@@ -60,6 +68,8 @@ class KVCache(ABC):
         self.lengths = np.zeros(batch_size, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         """What each row holds."""
+        self.path: Path | None = None
+        """Where a list is put here, each run of the graph is noted in it."""
 
     def prefill(self, rows: Sequence[Tokens], all_logits: bool = False) -> list[Array]:
         """Append each row's tokens, in chunks; at least one token a row.
@@ -136,7 +146,7 @@ class InPlaceCache(KVCache):
         session: Session,
         batch_size: int = 1,
         max_length: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
         self.capacity = 0
@@ -213,6 +223,9 @@ class InPlaceCache(KVCache):
         """Tokens ``[b, T]`` for rows from ``row`` on, which hold ``lengths`` tokens after it."""
         b, T = ids.shape
         total = int(lengths.max())
+        if self.path is not None:
+            counts = lengths - self.lengths[row : row + b]
+            self.path.append({row + i: ids[i, :n].copy() for i, n in enumerate(counts)})
         start = np.maximum(lengths - T, 0)
         mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
         positions = np.minimum(start[:, None] + np.arange(T), lengths[:, None] - 1)
@@ -232,6 +245,8 @@ class InPlaceCache(KVCache):
         return logits.download()
 
     def _decode(self, ids: Array, moving: Array) -> Array:
+        if self.path is not None:
+            self.path.append({int(b): ids[b : b + 1].copy() for b in np.flatnonzero(moving)})
         lengths = self.lengths + 1  # a row that does not move overwrites the slot behind its last token
         total = int(lengths.max())
         self.reserve(total)
@@ -254,7 +269,7 @@ class GrowingCache(KVCache):
         session: Session,
         batch_size: int = 1,
         max_length: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens)
         dtype = session.bundle.cache_dtype
@@ -292,6 +307,8 @@ class GrowingCache(KVCache):
         return logits
 
     def _append(self, ids: Array, valid: Array) -> Array:
+        if self.path is not None:
+            self.path.append({b: ids[b, valid[b] != 0] for b in range(len(ids)) if valid[b].any()})
         self.mask = np.concatenate((self.mask, valid), 1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         binding = self.session.binding()
@@ -308,7 +325,7 @@ class GrowingCache(KVCache):
 
 
 def make_cache(
-    session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS
+    session: Session, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int | None = None
 ) -> KVCache:
     """The cache that the bundle's target takes."""
     kinds: dict[str, type[KVCache]] = {"ort": InPlaceCache, "portable": GrowingCache}

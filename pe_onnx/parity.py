@@ -9,33 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import CheckpointError, ConfigError, InputError, did_you_mean
-from pe_onnx.kv_cache import GrowingCache, make_cache
+from pe_onnx.kv_cache import GrowingCache, KVCache, make_cache
+from pe_onnx.kv_cache import Path as RunPath
 from pe_onnx.session import Session
+from pe_onnx.tolerance import TOLERANCES, Tolerance
 
 Array = np.ndarray[Any, Any]
 Reference = Callable[[Array], Array]
 """Token ids int64 ``[B, T]`` to float32 logits ``[B, T, V]``."""
 
 
-class Tolerance(NamedTuple):
-    """What a bundle of a dtype may differ by."""
+class PathReference(Protocol):
+    """A reference whose logits depend on the chunks in which a text is run."""
 
-    error: float
-    """Greatest absolute error of a logit, relative to the spread (standard deviation) of the reference's logits."""
-    top1: float
-    """Least share of positions with the same most likely token, near-ties counted as the same."""
-    near_tie: float
-    """Two tokens are nearly tied whose reference logits differ by less than this, relative to the spread."""
+    def follow(self, path: RunPath) -> list[Array]:
+        """The bundle's runs to each row's float32 logits ``[tokens, V]``."""
+        ...
 
-
-TOLERANCES = {"fp32": Tolerance(5e-5, 1.0, 1e-5), "fp16": Tolerance(3e-2, 0.99, 1e-3)}
-"""The one table. float32: rounding through 30 layers; float16: weights and activations of 11 bits."""
 
 DEFAULT_TOKENS = 160
 GREEDY_TOKENS = 64
@@ -90,16 +86,18 @@ class ParityReport:
 
 
 class Pair(NamedTuple):
-    """The bundle's logits ``[V]`` after token ``position`` of ``row``."""
+    """The bundle's logits ``[V]`` after token ``position`` of ``row``, which is row ``slot`` of the cache."""
 
     row: int
     position: int
     logits: Array
+    cache: KVCache
+    slot: int
 
 
 def check_parity(
     folder: str | Path,
-    reference: Reference | str | Path | Any | None = None,
+    reference: Reference | PathReference | str | Path | Any | None = None,
     *,
     rows: Sequence[Sequence[int]] | None = None,
     tokens: int = DEFAULT_TOKENS,
@@ -112,9 +110,9 @@ def check_parity(
     """Run the bundle in every mode against PyTorch.
 
     reference: None for the one the manifest names; a checkpoint's path; a ``torch.nn.Module`` called with
-    ``(input_ids, attention_mask, position_ids)``; or any function of token ids. rows: token ids to compare on
-    (default: four random rows of ``tokens`` tokens, at most what the encoding takes). tolerance: of the relative
-    error, in place of the dtype's. Raises CheckpointError where the reference cannot be had.
+    ``(input_ids, attention_mask, position_ids)``; any function of token ids; or a PathReference. rows: token ids to
+    compare on (default: four random rows of ``tokens`` tokens, at most what the encoding takes). tolerance: of the
+    relative error, in place of the dtype's. Raises CheckpointError where the reference cannot be had.
     """
     bundle = read_bundle(folder)
     if tokens < 2:
@@ -149,21 +147,44 @@ def check_parity(
     report = ParityReport(str(folder), name, bundle.manifest["dtype"], allowed, expected.spread)
     for mode in wanted:
         if mode == GREEDY:
-            report.modes.append(_greedy(session, arrays, compute, expected.spread, allowed))
+            report.modes.append(_greedy(session, arrays, expected, allowed))
         else:
             report.modes.append(_compare(mode, MODES[mode](session, arrays), expected, allowed))
     return report
 
 
 class _Expected:
-    """The reference's logits of every row, computed once."""
+    """The reference's logits: of every row, computed once, or along the paths of the bundle's caches."""
 
-    def __init__(self, compute: Reference, rows: list[Array], vocab_size: int) -> None:
-        width = compute(np.zeros((1, 1), np.int64)).shape[-1]
+    def __init__(self, reference: Reference | PathReference, rows: list[Array], vocab_size: int) -> None:
+        self.reference = reference
+        width = self.at_once(np.zeros(1, np.int64)).shape[-1]
         if width != vocab_size:
             raise CheckpointError(f"the reference has a vocabulary of {width}, the bundle of {vocab_size}")
-        self.logits = [compute(row[None])[0] for row in rows]
+        self.logits = [self.at_once(row) for row in rows]
         self.spread = float(np.concatenate([x.reshape(-1) for x in self.logits]).std())
+
+    def at_once(self, row: Array) -> Array:
+        """``[T]`` to ``[T, V]``, all tokens in one run."""
+        if callable(self.reference):
+            return self.reference(row[None])[0]
+        return self.reference.follow([{0: row}])[0]
+
+    def along(self, cache: KVCache, row: Array) -> Array:
+        """The logits ``[T, V]`` of the tokens in a cache of one row, run as they were."""
+        if callable(self.reference):
+            return self.at_once(row)
+        return self.reference.follow(cache.path or [])[0]
+
+    def join(self, pairs: Iterator[Pair]) -> Iterator[tuple[Pair, Array]]:
+        """Each pair with what is expected of it."""
+        if callable(self.reference):
+            yield from ((pair, self.logits[pair.row][pair.position]) for pair in pairs)
+            return
+        held = [pair._replace(logits=pair.logits.copy()) for pair in pairs]
+        caches = {id(pair.cache): pair.cache for pair in held}
+        followed = {key: self.reference.follow(cache.path or []) for key, cache in caches.items()}
+        yield from ((pair, followed[id(pair.cache)][pair.slot][pair.position]) for pair in held)
 
 
 class _Account:
@@ -203,25 +224,32 @@ class _Account:
 
 def _compare(mode: str, pairs: Iterator[Pair], expected: _Expected, allowed: Tolerance) -> ModeResult:
     account = _Account(mode, expected.spread, allowed)
-    for row, position, logits in pairs:
-        account.add(f"row {row}, position {position}", expected.logits[row][position], logits)
+    for pair, want in expected.join(pairs):
+        account.add(f"row {pair.row}, position {pair.position}", want, pair.logits)
     return account.finish()
 
 
-def _greedy(session: Session, rows: list[Array], compute: Reference, spread: float, allowed: Tolerance) -> ModeResult:
+def _recorded(*args: Any) -> KVCache:
+    """A cache that notes its runs."""
+    cache = make_cache(*args)
+    cache.path = []
+    return cache
+
+
+def _greedy(session: Session, rows: list[Array], expected: _Expected, allowed: Tolerance) -> ModeResult:
     """Greedy tokens from the first half of a row; each must be the reference's choice, given those before it."""
-    account = _Account("greedy", spread, allowed)
+    account = _Account("greedy", expected.spread, allowed)
     limit = session.bundle.max_length
     for b, row in enumerate(rows):
         prompt = row[: max(row.size // 2, 1)].tolist()
         count = min(GREEDY_TOKENS, (limit or len(prompt) + GREEDY_TOKENS) - len(prompt))
-        cache = make_cache(session, 1, len(prompt) + count)
+        cache = _recorded(session, 1, len(prompt) + count)
         logits = [cache.prefill([prompt])[0].copy()]
         made = [int(logits[0].argmax())]
         while len(made) < count:
             logits.append(cache.decode([made[-1]])[0].copy())
             made.append(int(logits[-1].argmax()))
-        want = compute(np.array([prompt + made[:-1]], np.int64))[0][len(prompt) - 1 :]
+        want = expected.along(cache, np.array(prompt + made[:-1], np.int64))[len(prompt) - 1 :]
         for i, have in enumerate(logits):
             account.add(f"row {b}, new token {i}", want[i], have)
     return account.finish()
@@ -243,44 +271,45 @@ def _chunks(session: Session, rows: list[Array]) -> Iterator[Pair]:
 
 def _prefilled(session: Session, tokens: Array, row: int, chunk: int) -> Iterator[Pair]:
     every = session.bundle.logits == "all"
-    logits = make_cache(session, 1, tokens.size, chunk).prefill([tokens.tolist()], all_logits=every)[0]
+    cache = _recorded(session, 1, tokens.size, chunk)
+    logits = cache.prefill([tokens.tolist()], all_logits=every)[0]
     if every:
-        yield from (Pair(row, i, x) for i, x in enumerate(logits))
+        yield from (Pair(row, i, x, cache, 0) for i, x in enumerate(logits))
     else:
-        yield Pair(row, tokens.size - 1, logits)
+        yield Pair(row, tokens.size - 1, logits, cache, 0)
 
 
 def _steps(session: Session, rows: list[Array]) -> Iterator[Pair]:
     """The first row token by token from an empty cache."""
-    cache = make_cache(session, 1, rows[0].size)
+    cache = _recorded(session, 1, rows[0].size)
     for i, token in enumerate(rows[0]):
-        yield Pair(0, i, cache.decode([int(token)])[0])
+        yield Pair(0, i, cache.decode([int(token)])[0], cache, 0)
 
 
 def _ragged(session: Session, rows: list[Array]) -> Iterator[Pair]:
     """All rows in one batch with prompts of different lengths, then steps, then a second prompt each."""
-    cache = make_cache(session, len(rows), max(row.size for row in rows), 64)
+    cache = _recorded(session, len(rows), max(row.size for row in rows), 64)
     first = [max(1, row.size * (1 + 3 * (b % 3)) // 8) for b, row in enumerate(rows)]  # 1/8, 4/8, 7/8
     for b, logits in enumerate(cache.prefill([row[:n].tolist() for row, n in zip(rows, first, strict=True)])):
-        yield Pair(b, first[b] - 1, logits)
+        yield Pair(b, first[b] - 1, logits, cache, b)
     at = first
     for _ in range(8):
         if any(n >= row.size for row, n in zip(rows, at, strict=True)):
             return
         logits = cache.decode([int(row[n]) for row, n in zip(rows, at, strict=True)])
-        yield from (Pair(b, n, logits[b]) for b, n in enumerate(at))
+        yield from (Pair(b, n, logits[b], cache, b) for b, n in enumerate(at))
         at = [n + 1 for n in at]
     ends = [min(row.size, n + 1 + 4 * b) for b, (row, n) in enumerate(zip(rows, at, strict=True))]
     if any(end <= n for end, n in zip(ends, at, strict=True)):
         return
     second = [row[n:end].tolist() for row, n, end in zip(rows, at, ends, strict=True)]
     for b, logits_b in enumerate(cache.prefill(second)):
-        yield Pair(b, ends[b] - 1, logits_b)
+        yield Pair(b, ends[b] - 1, logits_b, cache, b)
 
 
 def _padded(session: Session, rows: list[Array], side: str) -> Iterator[Pair]:
     """A batch with zeros in the mask on one side, or everywhere; then steps."""
-    cache = make_cache(session, len(rows), max(row.size for row in rows))
+    cache = _recorded(session, len(rows), max(row.size for row in rows))
     if not isinstance(cache, GrowingCache):
         raise ConfigError(f"mode {side}_padding is for the portable target; ort takes compact rows only")
     longest = max(row.size for row in rows)
@@ -298,12 +327,12 @@ def _padded(session: Session, rows: list[Array], side: str) -> Iterator[Pair]:
     for b, n in enumerate(used):
         slots = np.flatnonzero(valid[b])
         if session.bundle.logits == "all":
-            yield from (Pair(b, i, logits[b, slot]) for i, slot in enumerate(slots))
+            yield from (Pair(b, i, logits[b, slot], cache, b) for i, slot in enumerate(slots))
         else:
-            yield Pair(b, n - 1, logits[b, 0])
+            yield Pair(b, n - 1, logits[b, 0], cache, b)
     for k in range(min(5, *(row.size - n for row, n in zip(rows, used, strict=True)))):
         step = cache.decode([int(row[n + k]) for row, n in zip(rows, used, strict=True)])
-        yield from (Pair(b, n + k, step[b]) for b, n in enumerate(used))
+        yield from (Pair(b, n + k, step[b], cache, b) for b, n in enumerate(used))
 
 
 def _left_padding(session: Session, rows: list[Array]) -> Iterator[Pair]:
@@ -336,8 +365,8 @@ def _modes(bundle: Bundle) -> list[str]:
     return [m for m in (*MODES, GREEDY) if bundle.target == "portable" or not m.endswith("_padding")]
 
 
-def resolve_reference(bundle: Bundle, reference: Any = None) -> tuple[Reference, str]:
-    """The PyTorch side as a function of token ids, and its name."""
+def resolve_reference(bundle: Bundle, reference: Any = None) -> tuple[Reference | PathReference, str]:
+    """The PyTorch side as a function of token ids or of the bundle's runs, and its name."""
     from pe_onnx import reference as references
 
     if reference is None:
@@ -346,7 +375,7 @@ def resolve_reference(bundle: Bundle, reference: Any = None) -> tuple[Reference,
         return references.from_checkpoint(Path(reference)), f"transformers, {reference}"
     if references.is_module(reference):
         return references.from_module(reference), type(reference).__name__
-    if callable(reference):
+    if callable(reference) or hasattr(reference, "follow"):
         return reference, getattr(reference, "__name__", "a function")
     raise CheckpointError(f"reference = {reference!r} must be a checkpoint's path, a module or a function")
 

@@ -1,12 +1,14 @@
 """PyTorch's side of a parity check: eager, in float32, all tokens at once, no cache and none of the export's steps.
 
+Where an encoding is path dependent the logits are a matter of the chunks too: then with a cache, chunk by chunk.
+
 For our own decoder the encodings' operators are the same PyTorch formulas; these are held against independent ones in
-``tests/test_custom_ops.py``. For a checkpoint nothing is shared.
+``tests/test_op_*.py``. For a checkpoint nothing is shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +19,27 @@ from pe_onnx.errors import CheckpointError, needs
 with needs("parity", "'pe-onnx[export]'"):
     import torch
 
+from pe_onnx.config import DecoderConfig
+from pe_onnx.models.attention import LayerCache, PlainStep
+from pe_onnx.models.decoder import Decoder
+from pe_onnx.models.exportable import PlainDecoder
+
 if TYPE_CHECKING:
-    from pe_onnx.parity import Reference
+    from pe_onnx.kv_cache import Path as RunPath
+    from pe_onnx.parity import PathReference, Reference
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference, str]:
+def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReference, str]:
     """The reference that a bundle's manifest names. Raises CheckpointError where it is not to be had."""
     source = manifest["source"]
     if source["kind"] == "encoding":
-        from pe_onnx.config import DecoderConfig
-        from pe_onnx.models.decoder import Decoder
-        from pe_onnx.models.exportable import PlainDecoder
-
         config = DecoderConfig.from_dict(source["config"])
-        return from_module(PlainDecoder(Decoder(config))), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
+        decoder, name = Decoder(config), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
+        if decoder.encoding.path_dependent:
+            return CachedReference(lambda: _plain_with_cache(decoder)), f"{name}, run by run"
+        return from_module(PlainDecoder(decoder)), name
     if source["kind"] == "checkpoint":
         path = Path(source["path"])
         if not path.exists():
@@ -40,16 +49,34 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference, str]:
     raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
 
 
-def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Reference:
-    """transformers' own model with its own eager attention. scaling: what the bundle was exported with."""
+def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Reference | PathReference:
+    """transformers' own model with its own eager attention, and its own cache where frequencies switch.
+
+    scaling: the ``--rope-scaling`` that the bundle was exported with.
+    """
     from pe_onnx.exporter import silenced
 
     with needs("a checkpoint", "'pe-onnx[export]'"):
+        from transformers import DynamicCache
+
+        from pe_onnx.models import switches
         from pe_onnx.models.checkpoint import load_model, resolve
 
     with silenced():
-        model = load_model(path, config=resolve(path, scaling)[0] if scaling else None)
-    return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions))
+        model = load_model(path, config=resolve(path, scaling)[0])
+    if not switches.thresholds(model):
+        return from_module(
+            lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions)
+        )
+
+    def start() -> Forward:
+        cache = DynamicCache()
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)  # forgets the longest text it has seen
+        return lambda ids, mask, positions: (
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        )
+
+    return CachedReference(start)
 
 
 def _scaled(scaling: Mapping[str, Any] | None) -> str:
@@ -67,6 +94,58 @@ def from_module(module: Any) -> Reference:
         return getattr(output, "logits", output).float().numpy()
 
     return compute
+
+
+class CachedReference:
+    """A model with a cache, run in the chunks in which the bundle was run: for path-dependent encodings.
+
+    start: makes an empty cache and returns ``forward(input_ids, attention_mask, position_ids)`` to the logits
+    ``[B, T, V]`` of T tokens appended to it. ids and positions int64 ``[B, T]``, mask int64 ``[B, P + T]`` with zeros
+    at padding, which may stand anywhere and has position 0. For transformers::
+
+        def start():
+            cache = DynamicCache()
+            return lambda ids, mask, positions: model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            ).logits
+    """
+
+    def __init__(self, start: Callable[[], Forward]) -> None:
+        self.start = start
+
+    @torch.no_grad()
+    def follow(self, path: RunPath) -> list[np.ndarray[Any, Any]]:
+        """For each row the float32 logits ``[tokens, V]`` of all it was given."""
+        rows = 1 + max(row for run in path for row in run)
+        forward = self.start()
+        mask = torch.zeros(rows, 0, dtype=torch.int64)
+        logits: list[list[torch.Tensor]] = [[] for _ in range(rows)]
+        for run in path:
+            T = max(tokens.size for tokens in run.values())
+            ids, valid = torch.zeros(2, rows, T, dtype=torch.int64)
+            for row, tokens in run.items():
+                ids[row, T - tokens.size :] = torch.from_numpy(tokens)
+                valid[row, T - tokens.size :] = 1
+            mask = torch.cat((mask, valid), 1)
+            positions = (mask.cumsum(1)[:, -T:] - 1) * valid
+            out = forward(ids, mask, positions).float()
+            for row, tokens in run.items():
+                logits[row].append(out[row, T - tokens.size :])
+        return [torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32) for parts in logits]
+
+
+def _plain_with_cache(decoder: Decoder) -> Forward:
+    """Our own decoder by the plain formula; keys stay as they were rotated."""
+    past: Sequence[LayerCache] = ()
+
+    def forward(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        nonlocal past
+        step = PlainStep(mask, past=past)
+        logits = decoder(ids, positions, step)
+        past = step.presents
+        return logits
+
+    return forward
 
 
 def is_module(value: object) -> bool:

@@ -81,8 +81,7 @@ class Session:
         try:
             self.inference = onnxruntime.InferenceSession(str(bundle.model), session_options, providers=providers)
         except Exception as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise BundleError(f"onnxruntime cannot load {bundle.model}: {reason}") from error
+            raise self._failed("load", error) from error
         if wanted not in self.inference.get_providers():
             raise ProviderError(f"provider {provider!r} cannot be had: onnxruntime did not start {wanted}")
         if self.inference.get_providers()[0] != wanted:
@@ -115,6 +114,17 @@ class Session:
         """An uninitialised OrtValue on the session's device."""
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
 
+    def evaluate(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """One run on arrays by input name, to all outputs in graph order. Raises BundleError where it fails."""
+        try:
+            return self.inference.run(None, dict(feeds))
+        except Exception as error:
+            raise self._failed("run", error) from error
+
+    def _failed(self, what: str, error: Exception) -> BundleError:
+        reason = str(error).strip().split("\n", 1)[0]
+        return BundleError(f"onnxruntime cannot {what} {self.bundle.model}: {reason}")
+
     def binding(self) -> Any:
         """An empty onnxruntime IOBinding."""
         return self.inference.io_binding()
@@ -124,8 +134,7 @@ class Session:
         try:
             self.inference.run_with_iobinding(binding)
         except Exception as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise BundleError(f"onnxruntime cannot run {self.bundle.model}: {reason}") from error
+            raise self._failed("run", error) from error
 
 
 class DeviceArray:

@@ -1,4 +1,4 @@
-"""What the tests share: the command line as a user calls it, and bundles exported once a run."""
+"""What the tests share: the command line as a user calls it, and what is exported once a run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.register_assert_rewrite("command_line", "small_bundle")  # before a test imports them
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+Result = subprocess.CompletedProcess[str]
+Cli = Callable[..., Result]
+Bundles = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """``cli("export", ...)`` runs ``pe-onnx export ...`` in a process of its own."""
 
-    def run(*args: object, stdin: str | None = None, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    def run(*args: object, stdin: str | None = None, **kwargs: object) -> Result:
         command = [sys.executable, "-c", "from pe_onnx.cli import main; main()", *map(str, args)]
         return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600, **kwargs)  # type: ignore[call-overload]
 
@@ -28,7 +32,55 @@ def cli() -> Cli:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def warm_cli() -> Iterator[Cli]:
+    """``cli`` for commands that load PyTorch, without the seconds that this takes."""
+    from command_line import warm_process
+
+    with warm_process() as run:
+        yield run
+
+
+@pytest.fixture
+def run(cli: Cli, warm_cli: Cli, tmp_path: Path) -> Cli:
+    """A command line in an empty folder, whichever way is quick."""
+
+    def either(*args: object, stdin: str | None = None) -> Result:
+        if args[0] in ("export", "parity"):
+            return warm_cli(*args, cwd=tmp_path)
+        return cli(*args, stdin=stdin, cwd=tmp_path)
+
+    return either
+
+
+@pytest.fixture(scope="session")
+def places(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a command line names in braces: bundles, and checkpoints with one thing wrong each."""
+    import cli_inputs
+
+    return cli_inputs.write(tmp_path_factory.mktemp("places"), bundles)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """``exported("rotary")``: the ONNX file of a module around one operator."""
+    import op_exports
+
+    return op_exports.at_first_call(tmp_path_factory.mktemp("operators"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread costs more than it does, many times more on a machine that is shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """``bundles("rope", "ort", preset="tiny", dtype="fp32", ...)``: the folder, exported at the first call."""
     import pe_onnx
 

@@ -31,23 +31,23 @@ def link(bundle: Path, folder: Path, unused_token: int) -> Path:
     folder.mkdir()
     for path in bundle.iterdir():
         os.link(path, folder / path.name)
-    shape, config = read_bundle(bundle).shape, json.loads((bundle / "config.json").read_text())
-    caches = {kind: f"past_key_values.%d.{kind}" for kind in ("key", "value")}
+    read, config = read_bundle(bundle), json.loads((bundle / "config.json").read_text())
+    pasts = {kind: f"past_key_values.%d.{kind}" for kind in ("key", "value")}
     presents = {kind: f"present.%d.{kind}" for kind in ("key", "value")}
     decoder = {
         "session_options": {"provider_options": []},
         "filename": "model.onnx",
-        "head_size": shape["head_size"],
+        "head_size": read.caches[0][1],
         "hidden_size": config["hidden_size"],
         "num_attention_heads": config["num_attention_heads"],
-        "num_key_value_heads": shape["kv_heads"],
-        "num_hidden_layers": shape["layers"],
+        "num_key_value_heads": read.caches[0][0],
+        "num_hidden_layers": len(read.caches),
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
             "position_ids": "position_ids",
-            "past_key_names": caches["key"],
-            "past_value_names": caches["value"],
+            "past_key_names": pasts["key"],
+            "past_value_names": pasts["value"],
         },
         "outputs": {
             "logits": "logits",
@@ -60,7 +60,7 @@ def link(bundle: Path, folder: Path, unused_token: int) -> Path:
         "bos_token_id": unused_token,
         "eos_token_id": unused_token,  # must be in the vocabulary
         "pad_token_id": unused_token,
-        "vocab_size": shape["vocab_size"],
+        "vocab_size": read.shape["vocab_size"],
         "context_length": 256,
         "decoder": decoder,
     }

@@ -23,7 +23,6 @@ IDS = np.random.default_rng(0).integers(0, 256, (1, 40))
 
 def feeds(folder: Path, ids: np.ndarray, shift: int = 0, past: int = 0) -> dict[str, np.ndarray]:
     """Inputs for ``ids`` after ``past`` random cached tokens, positions shifted."""
-    shape = read_bundle(folder).shape
     B, T = ids.shape
     rng = np.random.default_rng(1)
     values = {
@@ -31,9 +30,9 @@ def feeds(folder: Path, ids: np.ndarray, shift: int = 0, past: int = 0) -> dict[
         "attention_mask": np.ones((B, past + T), np.int64),
         "position_ids": np.arange(past, past + T)[None].repeat(B, 0) + shift,
     }
-    for i in range(shape["layers"]):
+    for i, (K, D) in enumerate(read_bundle(folder).caches):
         for kind in ("key", "value"):
-            cached = rng.standard_normal((B, shape["kv_heads"], past, shape["head_size"]), np.float32)
+            cached = rng.standard_normal((B, K, past, D), np.float32)
             values[f"past_key_values.{i}.{kind}"] = cached
     return values
 

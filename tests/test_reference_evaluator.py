@@ -36,7 +36,7 @@ def test_the_reference_evaluator_agrees_with_onnxruntime(
     """A left-padded batch, without and with a cache."""
     folder = bundles(encoding, "portable")
     model = onnx.load(folder / "model.onnx")
-    shape = read_bundle(folder).shape
+    caches = read_bundle(folder).caches
     rng = np.random.default_rng(0)
     mask = np.ones((2, past + 7), np.int64)
     mask[1, :3] = 0
@@ -45,8 +45,8 @@ def test_the_reference_evaluator_agrees_with_onnxruntime(
         "attention_mask": mask,
         "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, past:],
     }
-    for name in past_names(shape["layers"]):
-        feeds[name] = rng.standard_normal((2, shape["kv_heads"], past, shape["head_size"]), np.float32)
+    for name, (K, D) in zip(past_names(len(caches)), (c for c in caches for _ in range(2)), strict=True):
+        feeds[name] = rng.standard_normal((2, K, past, D), np.float32)
     expected = onnxruntime.InferenceSession(model.SerializeToString()).run(["logits"], feeds)[0]
     logits = ReferenceEvaluator(model).run(["logits"], feeds)[0]
     valid = mask[:, past:] == 1

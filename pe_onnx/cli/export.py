@@ -26,6 +26,7 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 @click.option("--dtype", default="fp32", metavar="fp32|fp16", show_default=True, help="Of weights and cache.")
 @click.option("--logits", metavar="last|all", help="Of each row's last token or of all. [last for ort, else all]")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--no-verify", is_flag=True, help="Skip the proof of the finished bundle; the manifest says so.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the PyTorch exporter says.")
 def command(
     encoding: str | None,
@@ -39,6 +40,7 @@ def command(
     dtype: str,
     logits: str | None,
     force: bool,
+    no_verify: bool,
     verbose: bool,
 ) -> None:
     """Export a decoder to an ONNX bundle.
@@ -71,13 +73,14 @@ def command(
             "preset": preset or "tiny",
         }
     begin = time.perf_counter()
-    with stages(5, "export") as progress:
+    with stages(6, "export") as progress:
         bundle = export(
             output=output,
             target=target,
             dtype=dtype,
             logits=logits,
             force=force,
+            verify=not no_verify,
             verbose=verbose,
             progress=progress,
             **options,

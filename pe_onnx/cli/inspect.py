@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count, groupby
 from typing import Any
 
 import click
@@ -49,6 +48,10 @@ def command(bundle: str, as_json: bool) -> None:
         + ", ".join(f"{n} layers x 2 x {K} heads x {D} channels" for (K, D), n in Counter(read.caches).items()),
         "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
         "hard limit": f"{shape['max_length']} tokens" if shape["max_length"] else "none",
+        "path dependent": "yes: frequencies switch with the length, cached keys keep theirs; prompts run whole"
+        if read.path_dependent
+        else "no",
+        "proof": _proof(m["proof"]),
         "tokenizer": (m["tokenizer"] or {}).get("kind", "none"),
         "opsets": ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in m["graph"]["opsets"].items()),
         "functions": ", ".join(m["graph"]["functions"]) or "none",
@@ -76,6 +79,12 @@ def command(bundle: str, as_json: bool) -> None:
     console.print(operators)
 
 
+def _proof(proof: dict[str, Any]) -> str:
+    if not proof["verified"]:
+        return "none: exported with --no-verify, or from a module that takes no test"
+    return f"off by {proof['relative_error']:.1e} of the logits' spread on {proof['on']}"
+
+
 def _source(source: dict[str, Any]) -> str:
     if source["kind"] == "encoding":
         c = source["config"]
@@ -97,7 +106,16 @@ def _folded(shapes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         else:
             folded[name] = dims
     for (stem, kind, dims), numbers in layers.items():
-        runs = [list(run) for _, run in groupby(numbers, key=lambda n, c=count(): n - next(c))]
-        spans = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
-        folded[f"{stem}.{{{spans}}}.{kind}"] = dims
+        folded[f"{stem}.{{{_spans(numbers)}}}.{kind}"] = dims
     return folded
+
+
+def _spans(numbers: list[int]) -> str:
+    """Ascending numbers as ``0..3,5``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

@@ -20,7 +20,10 @@ from pe_onnx.errors import ConfigError
 
 
 class Rope(PositionalEncoding):
-    """theta: the base. interleaved: pairs (2i, 2i+1) in place of (i, i + R/2). rotary_dim: R, 0 for the head size."""
+    """theta: the base. interleaved: pairs (2i, 2i+1) in place of (i, i + R/2). rotary_dim: R, 0 for the head size.
+
+    Variants are subclasses in files of their own: other frequencies, and a factor on the cosines and sines.
+    """
 
     def __init__(
         self,
@@ -36,13 +39,30 @@ class Rope(PositionalEncoding):
             raise ConfigError(f"rope: rotary size = {R} must be even and at most the head size = {config.head_size}")
         if theta <= 0:
             raise ConfigError(f"rope: theta = {theta} must be positive")
+        self.theta = theta
         self.interleaved = interleaved
-        exponent = torch.arange(0, R, 2, dtype=torch.float64) / R
-        self.inverse_frequency = theta**-exponent  # no buffer: half() would round it
+        self.head_size = config.head_size
+        self.rotary_size = R
+        self.exponent = torch.arange(0, R, 2, dtype=torch.float64) / R
+        self.inverse_frequency = theta**-self.exponent  # no buffer: half() would round it
+        self.attention_factor = 1.0
+        """On the cosines and sines, and so twice on the scores."""
+
+    def frequencies(self, positions: torch.Tensor) -> torch.Tensor:
+        """float64 ``[R/2]``, radians per token, for a step whose positions are int64 ``[B, T]``."""
+        return self.inverse_frequency.to(positions.device)
 
     def tables(self, positions: torch.Tensor) -> Tables:
-        angle = positions.double()[..., None] * self.inverse_frequency.to(positions.device)  # [B, T, R/2]
-        return angle.cos().float(), angle.sin().float()
+        angle = positions.double()[..., None] * self.frequencies(positions)  # [B, T, R/2]
+        cos, sin = angle.cos(), angle.sin()
+        if self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return cos.float(), sin.float()
 
-    def rotate(self, x: torch.Tensor, tables: Tables, num_heads: int) -> torch.Tensor:
-        return rotary_embedding(x, *tables, num_heads, self.interleaved)
+    def rotate(self, query: torch.Tensor, key: torch.Tensor, tables: Tables) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.turn(query, tables), self.turn(key, tables)
+
+    def turn(self, x: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Packed heads ``[B, T, n*D]`` by cosines and sines."""
+        cos, sin = tables
+        return rotary_embedding(x, cos, sin, x.shape[-1] // self.head_size, self.interleaved)

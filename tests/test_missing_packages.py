@@ -1,0 +1,124 @@
+"""What runs without which package, and which extra is named where one is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import EXPORT_HALF
+from command_line import refused
+from conftest import Bundles
+
+import pe_onnx
+from pe_onnx import discovery
+
+WITHOUT = """
+import sys
+HIDDEN = {hidden!r}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+MAIN = "from pe_onnx.cli import main; main()"
+
+
+def without(hidden: set[str], code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process where some packages are not installed."""
+    command = [sys.executable, "-c", WITHOUT.format(hidden=hidden) + code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("package", [*sorted(EXPORT_HALF), "onnxruntime"])
+def test_a_hidden_package_is_not_there(package: str) -> None:
+    result = without({package}, f"import {package}")
+    assert f"No module named '{package}'" in result.stderr
+
+
+def test_text_is_generated_without_the_export_half(bundles: Bundles) -> None:
+    bundle = bundles("rope")
+    code = f"""
+import pe_onnx
+print(pe_onnx.load(sys.argv[1]).generate("hello", 5).tokens)
+assert not {EXPORT_HALF!r} & set(sys.modules)
+"""
+    result = without(EXPORT_HALF, code, bundle)
+    assert result.stderr == ""
+    assert json.loads(result.stdout) == pe_onnx.load(bundle).generate("hello", 5).tokens
+
+
+def test_the_commands_of_the_runtime_half_need_no_export_half(bundles: Bundles) -> None:
+    bundle = bundles("rope")
+    for args, expected in (
+        (["inspect", bundle], "[batch_size, 4, past_sequence_length, 16]"),
+        (["list"], "t5_bias"),
+        (["generate", bundle, "hello", "-n", 4], "\n"),
+        (["export", "--help"], "--encoding"),
+    ):
+        result = without(EXPORT_HALF, MAIN, *args)
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
+
+
+def test_a_byte_bundle_needs_no_tokenizer_package(bundles: Bundles) -> None:
+    result = without({"tokenizers", "jinja2"}, MAIN, "generate", bundles("rope"), "hello", "-n", 4)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript", "onnx_ir"])
+def test_export_names_the_extra(package: str, tmp_path: Path) -> None:
+    result = without({package}, MAIN, "export", "--encoding", "rope", "-o", tmp_path / "bundle")
+    refused(result, 2, package, "pip install 'pe-onnx[export]'")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_export_of_a_checkpoint_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text('{"model_type": "llama"}')
+    result = without({"transformers"}, MAIN, "export", "--model", tmp_path / "checkpoint", "-o", tmp_path / "bundle")
+    refused(result, 2, "transformers", "pip install 'pe-onnx[export]'")
+
+
+def test_parity_names_the_extra(bundles: Bundles) -> None:
+    refused(without({"torch"}, MAIN, "parity", bundles("rope")), 2, "pip install 'pe-onnx[export]'")
+
+
+def test_without_onnxruntime_both_extras_are_named(bundles: Bundles) -> None:
+    extras = ("onnxruntime is not installed", "pe-onnx[cpu]", "pe-onnx[gpu]")
+    refused(without({"onnxruntime"}, MAIN, "generate", bundles("rope"), "hello"), 2, *extras)
+    code = "try:\n    import pe_onnx.session\nexcept ImportError as error:\n    print(error)"
+    result = without({"onnxruntime"}, code)
+    assert result.stdout.count("\n") == 1
+    assert all(extra in result.stdout for extra in extras)
+
+
+def test_inspecting_and_exporting_need_no_onnxruntime(bundles: Bundles, tmp_path: Path) -> None:
+    assert without({"onnxruntime"}, MAIN, "inspect", bundles("rope")).returncode == 0
+    result = without({"onnxruntime"}, MAIN, "export", "--encoding", "rope", "-o", tmp_path / "bundle")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], *([command, "--help"] for command in discovery.names("cli"))], ids=" ".join
+)
+def test_help_loads_nothing_heavy(args: list[str]) -> None:
+    heavy = EXPORT_HALF | {"numpy", "onnxruntime", "rich", "tokenizers", "jinja2"}
+    code = f"""
+import sys
+from pe_onnx.cli import main
+try:
+    main()
+finally:
+    print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout
+    assert result.stderr == "[]\n"
