@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from pe_onnx.errors import CheckpointError
-from pe_onnx.models import config_keys, config_reads, rope_scaling, rope_types
-from pe_onnx.models.config_origin import Origins
-from pe_onnx.models.encoding_config import Encoding, read_encoding, trained_length
+from pe_onnx.models import config_keys, config_reads, rope_scaling, rope_types, weight_shapes
+from pe_onnx.models.config_origin import Origins, blame
+from pe_onnx.models.encoding_config import Encoding, read_encoding, refuse_misspelt, trained_length
 from pe_onnx.models.observed import observe
 
 TOKENIZER_FILES = (
@@ -62,6 +62,8 @@ def load(path: Path, scaling: Mapping[str, Any] | None = None, follow: bool = Fa
     config, reach = resolve(path, scaling, raw)
     text = config.get_text_config(decoder=True)
     origins = Origins(config, raw, lambda plain: rope_scaling.apply(plain, scaling) if scaling else None)
+    if not follow:
+        refuse_misspelt(origins, where)
     with config_reads.recorded() as reads:
         config_reads.watch(text, reads)
         model = load_model(path, config=config)
@@ -102,7 +104,8 @@ def resolve(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {where}: {_reason(error)}") from error
+        keys = ", ".join(blame(known, raw))
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {where}: {keys}: {_reason(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
     text = config.get_text_config(decoder=True)
@@ -174,12 +177,10 @@ def load_model(path: Path, attention: str = "eager", config: PreTrainedConfig | 
         raise CheckpointError(f"checkpoint {path}: the weights are truncated or damaged ({error})") from error
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
-    problems = {
-        "missing": info["missing_keys"],
-        "of another shape": info["mismatched_keys"],
-        "not read by the model": info["unexpected_keys"],
-    }
-    for what, keys in problems.items():
+    if info["mismatched_keys"]:
+        problem = weight_shapes.explain(config, list(info["mismatched_keys"]))
+        raise CheckpointError(f"checkpoint {path}: weights of another shape: {problem}")
+    for what, keys in {"missing": info["missing_keys"], "not read by the model": info["unexpected_keys"]}.items():
         if keys:
             first = sorted(str(key) for key in keys)[0]
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""

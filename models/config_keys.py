@@ -125,6 +125,11 @@ TREE_OR_NULL = Kind("an object", lambda v: isinstance(v, Mapping), nullable=True
 KINDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
+        (
+            r"alibi|use_alibi|rope_interleaved?|attention_bias|qkv_bias|use_sliding_window|use_qk_norm|qk_layernorm",
+            FLAG,
+        ),
+        (r"multi_query|new_decoder_architecture|attn_temperature_tuning|scale_attn.*|reorder_and_upcast_attn", FLAG),
         (r"rope_parameters|rope_scaling|attn_config", TREE_OR_NULL),
         (r"(num_)?(attention_|n_)?heads?|num_.*_heads|n_heads?|encoder_.*heads|decoder_.*heads", COUNT_OR_NULL),
         (r"(num_|n_)(.*_)?kv_heads|n_head_kv|num_query_groups", COUNT_OR_NULL),
@@ -144,11 +149,6 @@ KINDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
         (r"layer_types|layers_block_type|attention_layers", NAMES_OR_NULL),
         (r"no_rope_layers", FLAGS_OR_NULL),
         (r"no_rope_layer_interval|_?sliding_window_pattern|global_attn_every_n_layers", COUNT_OR_NULL),
-        (
-            r"alibi|use_alibi|rope_interleaved?|attention_bias|qkv_bias|use_sliding_window|use_qk_norm|qk_layernorm",
-            FLAG,
-        ),
-        (r"multi_query|new_decoder_architecture|attn_temperature_tuning|scale_attn.*|reorder_and_upcast_attn", FLAG),
         (r"alibi_bias_max", COUNT),
     )
 )

@@ -6,6 +6,7 @@ whatever its spelling. A key none of whose effects the model reads, see config_r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -43,7 +44,7 @@ class Origins:
                 edit(text)
             return flat(text)
 
-        self._resolve = lambda text: resolve(_put(raw, prefix, text))
+        self._resolve = lambda text: resolve(put(raw, prefix, text))
         self.raw: Mapping[str, Any] = raw[prefix[0]] if prefix else raw
         self.resolved = self._resolve(self.raw)
         plain = resolve(raw, edited=False)
@@ -88,9 +89,11 @@ class Origins:
 
     def _is_harmless(self, path: Path, value: Any, reads: Reads) -> bool:
         """Whether the same would result without the key, or is said elsewhere too."""
+        if self.misspelt(path[0]) is not None:
+            return False
         unknown_and_off = value is False and len(path) == 1 and path[0] not in self.known
         if value is None or value == {} or unknown_and_off:
-            return self.misspelt(path[0]) is None
+            return True
         switch = SWITCHED_OFF_BY.get(path[-1])
         if switch is not None and self.resolved.get((switch,)) is False:
             return True
@@ -102,12 +105,14 @@ class Origins:
         )
 
     def _repeats(self, path: Path, value: Any, reads: Reads) -> bool:
+        if not self.is_known(path[0]):
+            return False
         name = {"type": "rope_type"}.get(path[-1], path[-1])
         return any(p[-1] == name and v == value and reads.includes(self.config, p) for p, v in self.resolved.items())
 
     def _is_default(self, path: Path) -> bool:
         try:
-            return self._resolve(_put(self.raw, path)) == self.resolved
+            return self._resolve(put(self.raw, path)) == self.resolved
         except Exception:  # it cannot be left out
             return False
 
@@ -138,7 +143,7 @@ class Origins:
         before = self.resolved if raw is self.raw else self._resolve(raw)
         for other in (*others(value), None):
             try:
-                after = self._resolve(_put(raw, path, other))
+                after = self._resolve(put(raw, path, other))
             except Exception:  # it is read: another value would be refused
                 continue
             return {p for p in before.keys() | after.keys() if before.get(p, self) != after.get(p, self)}
@@ -157,6 +162,16 @@ def others(value: Any) -> list[Any]:
     return [other for other in made.get(type(value), lambda v: [])(value) if other != value]
 
 
+def blame(config_class: type[PreTrainedConfig], raw: Mapping[str, Any]) -> list[str]:
+    """Keys without which a configuration could be made that cannot be made with them."""
+    found = []
+    for path, value in config_keys.leaves(raw):
+        with contextlib.suppress(Exception):
+            config_class.from_dict(copy.deepcopy(put(raw, path)))
+            found.append(f"{'.'.join(path)} = {config_keys.shown(value)}")
+    return found
+
+
 def flat(config: PreTrainedConfig) -> Flat:
     """Every leaf of a configuration."""
     return dict(config_keys.leaves(config.to_dict()))
@@ -167,13 +182,13 @@ def _known(config: PreTrainedConfig) -> set[str]:
     return fields | set(type(config).attribute_map) | {"rope_scaling", "per_layer_config"}
 
 
-def _put(values: Mapping[str, Any], path: Path, value: Any = dataclasses.MISSING) -> dict[str, Any]:
+def put(values: Mapping[str, Any], path: Path, value: Any = dataclasses.MISSING) -> dict[str, Any]:
     """A copy with another value at ``path``, or without it. An empty path is the whole."""
     if not path:
         return dict(value)
     result = dict(values)
     if len(path) > 1:
-        result[path[0]] = _put(values[path[0]], path[1:], value)
+        result[path[0]] = put(values[path[0]], path[1:], value)
     elif value is dataclasses.MISSING:
         del result[path[0]]
     else:

@@ -59,6 +59,17 @@ def read_encoding(origins: Origins, reads: Reads, observed: Observed, where: str
     )
 
 
+def refuse_misspelt(origins: Origins, where: str) -> None:
+    """Raises CheckpointError for a key that looks like a known one; called before weights are read by its default."""
+    for path, _ in origins.leaves():
+        near = origins.misspelt(path[0])
+        if near is not None:
+            raise CheckpointError(
+                f"{where}: nothing in {origins.config.model_type} reads {path[0]} = "
+                f"{config_keys.shown(origins.raw[path[0]])}; did you mean {near!r}?"
+            )
+
+
 def name(config: PreTrainedConfig, reads: Reads, observed: Observed) -> str:
     """What the family's file says, else rope where the model reads rope parameters, else the table it was seen to
     read."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from pe_onnx.errors import CheckpointError, did_you_mean
 from pe_onnx.models import config_keys as kinds
-from pe_onnx.models.config_keys import Kind, Path, is_number
+from pe_onnx.models.config_keys import Kind, Path
 
 KEYS: dict[str, Kind] = {
     "rope_type": kinds.NAME,
@@ -66,7 +66,7 @@ def _lists(config: PreTrainedConfig, rope: Mapping[str, Any]) -> str | None:
     wrong = next((key for key in ("short_factor", "long_factor") if len(rope[key]) != half), None)
     if wrong is None:
         return None
-    return f"{wrong} has {len(rope[wrong])} numbers and must have {half}, one for each pair of rotary channels"
+    return f"{wrong} has {len(rope[wrong])} numbers and must have {half}, half of what head_dim and partial_rotary_factor rotate"
 
 
 @dataclass(frozen=True)
