@@ -38,8 +38,11 @@ LENGTHS = (
 )
 """Names of the trained length, the first that a configuration has; read by us where the model does not."""
 
-SWITCHED_OFF_BY = {"sliding_window": "use_sliding_window", "max_window_layers": "use_sliding_window"}
-"""Keys without a meaning while another one is false."""
+SWITCHED_OFF_BY = {
+    "sliding_window": ("use_sliding_window",),
+    "max_window_layers": ("use_sliding_window", "sliding_window"),
+}
+"""Keys without a meaning while another one is false or null."""
 OF_LAYERS = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
 """Keys without a meaning where ``layer_types`` has no such layers."""
 

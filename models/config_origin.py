@@ -94,8 +94,7 @@ class Origins:
         unknown_and_off = value is False and len(path) == 1 and path[0] not in self.known
         if value is None or value == {} or unknown_and_off:
             return True
-        switch = SWITCHED_OFF_BY.get(path[-1])
-        if switch is not None and self.resolved.get((switch,)) is False:
+        if any(self.resolved.get((switch,), True) in (False, None) for switch in SWITCHED_OFF_BY.get(path[-1], ())):
             return True
         return (
             self._repeats(path, value, reads)

@@ -66,7 +66,7 @@ def _lists(config: PreTrainedConfig, rope: Mapping[str, Any]) -> str | None:
     wrong = next((key for key in ("short_factor", "long_factor") if len(rope[key]) != half), None)
     if wrong is None:
         return None
-    return f"{wrong} has {len(rope[wrong])} numbers and must have {half}, half of what head_dim and partial_rotary_factor rotate"
+    return f"{wrong} has {len(rope[wrong])} numbers and must have {half}, half the channels of head_dim that rotate"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Mutation:
 
 
 ABOUT = ("rope", "attn", "attention", "head", "position", "window", "layer_types", "softcap", "scalar", "factor")
-NOT_ABOUT = ("dropout", "bias", "pdrop", "softcapping_final", "lm_head", "final")
+NOT_ABOUT = ("cross", "dropout", "bias", "pdrop", "softcapping_final", "lm_head", "final")
 
 
 def keys(values: dict[str, Any], prefix: Path = ()) -> Iterator[Path]:
