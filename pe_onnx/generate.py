@@ -76,7 +76,7 @@ class Model:
         self.tokenizer: Tokenizer = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"])
         self.timing = Timing()
 
-    def cache(self, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS) -> KVCache:
+    def cache(self, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int | None = None) -> KVCache:
         """An empty cache, to call ``prefill`` and ``decode`` on, or to hand to ``generate`` again and again."""
         return make_cache(self.session, batch_size, max_length, chunk_tokens)
 

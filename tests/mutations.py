@@ -44,16 +44,17 @@ class Base:
     edit: Callable[[dict[str, Any]], None] | None = None
 
 
+ONE = {"num_hidden_layers": 1}
 BASES = {
-    "llama": Base("llama", rope("default")),
-    "llama_old_linear": Base("llama", rope("linear", factor=4.0), old_spelling),
-    "llama_dynamic": Base("llama", rope("dynamic", factor=4.0)),
-    "llama_yarn": Base("llama", rope("yarn", **YARN, attention_factor=1.25, truncate=False)),
-    "llama_old_yarn": Base("llama", rope("yarn", **YARN), old_spelling),
-    "llama_longrope": Base("llama", rope("longrope", **LONG, original_max_position_embeddings=32)),
-    "llama_llama3": Base("llama", rope("llama3", **LLAMA3)),
+    "llama": Base("llama", {**ONE, **rope("default")}),
+    "llama_old_linear": Base("llama", {**ONE, **rope("linear", factor=4.0)}, old_spelling),
+    "llama_dynamic": Base("llama", {**ONE, **rope("dynamic", factor=4.0)}),
+    "llama_yarn": Base("llama", {**ONE, **rope("yarn", **YARN, attention_factor=1.25, truncate=False)}),
+    "llama_old_yarn": Base("llama", {**ONE, **rope("yarn", **YARN)}, old_spelling),
+    "llama_longrope": Base("llama", {**ONE, **rope("longrope", **LONG, original_max_position_embeddings=32)}),
+    "llama_llama3": Base("llama", {**ONE, **rope("llama3", **LLAMA3)}),
     "qwen2_window": Base("qwen2", {**WINDOWED}, as_qwen_writes_it),
-    "mistral_window": Base("mistral", {"sliding_window": 30, **rope("default")}),
+    "mistral_window": Base("mistral", {**ONE, "sliding_window": 30, **rope("default")}),
     "gemma2": Base("gemma2", {"sliding_window": 30, "query_pre_attn_scalar": 20}),
     "gemma3": Base(
         "gemma3_text",
@@ -64,7 +65,7 @@ BASES = {
         },
     ),
     "smollm3": Base("smollm3", {"no_rope_layers": [1, 0], **rope("default")}),
-    "gpt_neox": Base("gpt_neox", {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
+    "gpt_neox": Base("gpt_neox", {**ONE, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
     "gpt2": Base("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
 }
 
@@ -123,7 +124,7 @@ def out_of_range(value: Any, rng: random.Random) -> Any:
 
 
 def wrong_length(value: Any, rng: random.Random) -> Any:
-    return rng.choice([value[:-1], value + value[:1], value * 2]) if isinstance(value, list) and value else None
+    return rng.choice([value[:-1], value + value[:1], value * 2])
 
 
 def null(value: Any, rng: random.Random) -> Any:
@@ -152,29 +153,46 @@ def put(values: dict[str, Any], path: Path, change: Callable[[dict[str, Any], st
     return result
 
 
+KINDS: dict[Callable[[Any, random.Random], Any], tuple[int, Callable[[Path, Any], bool]]] = {
+    out_of_range: (6, lambda path, value: True),
+    null: (2, lambda path, value: value is not None),
+    other: (2, lambda path, value: isinstance(value, bool | int | float | list)),
+    wrong_length: (2, lambda path, value: isinstance(value, list)),
+    unknown_type: (1, lambda path, value: path[-1] in ("rope_type", "type")),
+}
+"""Changes of a value, how often, and of which keys."""
+RENAMED = 6
+"""How often a key is renamed."""
+
+
 def mutations(configs: dict[str, dict[str, Any]], count: int, seed: int = 0) -> list[Mutation]:
     """configs: the config.json of each of BASES."""
     rng = random.Random(seed)
-    kinds = [out_of_range, out_of_range, null, other, wrong_length, unknown_type, None, None]
     found: list[Mutation] = []
     while len(found) < count:
         base = rng.choice(sorted(configs))
         values = configs[base]
         path = rng.choice(list(keys(values)))
-        kind = rng.choice(kinds)
-        if kind is None:
+        if rng.random() < RENAMED / (RENAMED + sum(weight for weight, _ in KINDS.values())):
             name = renamed(path[-1], rng)
             config = put(values, path, lambda inner, key, name=name: inner.update({name: inner.pop(key)}))
             found.append(Mutation(base, path, f"renamed {name}", config, (name, path[-1])))
             continue
-        if kind is unknown_type and path[-1] not in ("rope_type", "type"):
+        kind = rng.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
+        paths = [path for path in keys(values) if KINDS[kind][1](path, at(values, path))]
+        if not paths:
             continue
-        before = values
-        for key in path:
-            before = before[key]
+        path = rng.choice(paths)
+        before = at(values, path)
         after = kind(before, rng)
-        if (after == before and type(after) is type(before)) or (kind is wrong_length and after is None):
+        if after == before and type(after) is type(before):
             continue
         config = put(values, path, lambda inner, key, after=after: inner.update({key: after}))
         found.append(Mutation(base, path, f"{kind.__name__} {after!r}", config, (path[-1],)))
     return found
+
+
+def at(values: dict[str, Any], path: Path) -> Any:
+    for key in path:
+        values = values[key]
+    return values
