@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ def quartiles(values: list[float]) -> list[float]:
 @click.option("--rounds", default=6, show_default=True, help="Times that both sessions are made anew.")
 @click.option("--repeats", default=40, show_default=True, help="Decode steps of each in a round.")
 @click.option("--threads", default=0, show_default=True)
+@click.option(
+    "--cpu-time", is_flag=True, help="On a busy machine: processor time of one thread, what waits not counted."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
 def main(
     checkpoint: Path,
@@ -134,6 +138,7 @@ def main(
     rounds: int,
     repeats: int,
     threads: int,
+    cpu_time: bool,
     output: Path,
 ) -> None:
     """Measure the bridge against our own decoder."""
@@ -143,6 +148,7 @@ def main(
     from pe_onnx.bundle import read_bundle
 
     sizes = [int(c) for c in contexts.split(",")]
+    threads, clock = (1, time.thread_time) if cpu_time else (threads, time.perf_counter)
     with tempfile.TemporaryDirectory() as temporary:
         folder = bundles or Path(temporary)
         if not (folder / OWN).exists():
@@ -159,7 +165,7 @@ def main(
                 if not error <= TOLERANCE:
                     raise click.ClickException(f"the two bundles differ by {error:.1e} of the logits' spread")
             for context in sizes:
-                times = decode_times(models, context, repeats)
+                times = decode_times(models, context, repeats, clock)
                 for name, values in times.items():
                     steps[context][name] += values
                 pairs = zip(times[BRIDGE], times[OWN], strict=True)
@@ -172,6 +178,8 @@ def main(
         "onnxruntime": onnxruntime.__version__,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "threads": threads,
+        "clock": "processor time of one thread" if cpu_time else "wall",
         "rounds": rounds,
         "repeats": repeats,
         "logits_error": error,

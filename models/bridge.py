@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_onnx import discovery
 from pe_onnx.contract import Target
 from pe_onnx.errors import CheckpointError, PeOnnxError
-from pe_onnx.models import checkpoint, rotation, switches
+from pe_onnx.models import checkpoint, complex_rotation, counted_positions, latent, rotation, switches
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep, cached_step
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.models.interface import IMPLEMENTATION, BridgeCache, register, serving
@@ -34,8 +34,6 @@ from pe_onnx.tolerance import PROOF, TOLERANCES
 
 PROOF_TOLERANCE = PROOF * TOLERANCES["fp32"].error
 """Of the logits' spread: far above rounding, far below any lost window, scale or position."""
-
-FAILS = "with its attention replaced it fails"
 
 
 class BridgedDecoder(nn.Module):
@@ -54,10 +52,12 @@ class BridgedDecoder(nn.Module):
         self.target = target
         self.last_only = last_only
         self.substitutions = substitutions
-        self.caches = [(K, max(D, E)) for K, D, E in observed.shapes]
+        self.latent = any(latent.is_latent(m) for m in model.modules())
+        self.caches = [(K, D + E if self.latent else max(D, E)) for K, D, E in observed.shapes]
         if target == "ort":  # the fused attention wants whole groups of channels
             self.caches = [(K, -(-D // 16) * 16) for K, D in self.caches]
         self.takes_positions = takes_positions(model)
+        self.first = observed.first
         self.masks: list[Mask] = []
         """What the layers of the last run handed to attention."""
 
@@ -69,15 +69,16 @@ class BridgedDecoder(nn.Module):
         past_key_values: list[LayerCache],
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
-        named = {"position_ids": position_ids} if self.takes_positions else {}
+        named = (
+            {"position_ids": position_ids + self.first if self.first else position_ids} if self.takes_positions else {}
+        )
         with self._replaced(step) as cache:
             logits = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **named
             ).logits
         self.masks = cache.masks
         if any(present is past_key_values[0] for present in step.presents):
-            name = type(self.model).__name__
-            raise CheckpointError(f"{name}: not every layer's attention goes through transformers' attention interface")
+            raise CheckpointError("not every layer's attention goes through transformers' attention interface")
         return logits.float(), step.presents
 
     @contextmanager
@@ -150,17 +151,26 @@ def family(model: PreTrainedModel) -> ModuleType | None:
     return discovery.load("models.families", name) if name in discovery.names("models.families") else None
 
 
+def untouched_attention(model: PreTrainedModel) -> str:
+    """The implementation of transformers that a bundle is compared with."""
+    return getattr(family(model), "ATTENTION", "eager")
+
+
 def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[BridgedDecoder, Observed, Proof]:
     """A model behind the graph contract, proven against itself. Raises CheckpointError with the reason."""
     register()
     own = family(model)
+    model.config._attn_implementation = untouched_attention(model)
     rotaries = rotation.find(model)
     with torch.no_grad(), rotation.recorded(rotaries):
         observed = observe(model, takes_positions(model))
     substitutions = [s for r in rotaries if (s := rotation.prove(r)) is not None]
-    substitutions += [*prove_norms(model), *switches.substitutions(model)]
+    substitutions += [*prove_norms(model), *complex_rotation.substitutions(model), *switches.substitutions(model)]
+    substitutions += [*latent.substitutions(model), *counted_positions.substitutions(model)]
     if own is not None:
         substitutions += own.substitutions(model)
+    if getattr(own, "ENDLESS", False):
+        observed.max_length = None
     module = BridgedDecoder(model, target, last_only, substitutions, observed).eval()
     _reach(module, observed)  # a first run, which shows the masks
     proof = prove(module, observed)
@@ -174,22 +184,18 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     proof = Proof(
         observed.shapes,
         model.config.get_text_config(decoder=True).vocab_size,
-        lambda row, prompt, past: untouched(model, row, prompt, past),
+        lambda row, prompt, past: untouched(model, row, prompt, past, observed.first),
         reach=max((*_reach(module, observed), *switch)),
         limit=observed.max_length,
         alone=bool(switch),
+        **({"cached": latent.cached} if module.latent else {}),
     )
 
     def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
         return module(feed.input_ids, feed.attention_mask, feed.position_ids, past)
 
-    try:
+    with _named(module):
         error = proof.error(run, module.target, module.caches, torch.float32)
-    except PeOnnxError:
-        raise
-    except Exception as failure:
-        reason = str(failure).strip().split("\n", 1)[0]
-        raise CheckpointError(f"{name} cannot be exported exactly: {FAILS}: {reason}") from failure
     if not error <= PROOF_TOLERANCE:
         raise CheckpointError(
             f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of "
@@ -198,25 +204,34 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     return proof
 
 
+@contextmanager
+def _named(module: BridgedDecoder) -> Iterator[None]:
+    """Whatever goes wrong inside is a CheckpointError that names the model."""
+    try:
+        yield
+    except Exception as failure:
+        reason = str(failure).strip().split("\n", 1)[0]
+        if not isinstance(failure, PeOnnxError):
+            reason = f"with its attention replaced it fails: {reason}"
+        name = type(module.model).__name__
+        raise CheckpointError(f"{name} cannot be exported exactly: {reason}") from failure
+
+
 @torch.no_grad()
 def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
     """Tokens of every window and chunk that the layers hand to attention; 0 stands for none."""
-    try:
+    with _named(module):
         past: list[LayerCache] = [(torch.zeros(1, K, 0, D),) * 2 for K, D in module.caches]
         ids = torch.zeros(1, 3, dtype=torch.int64)
         module(ids, torch.ones_like(ids), torch.arange(3)[None], past)
-    except PeOnnxError:
-        raise
-    except Exception as failure:
-        reason = str(failure).strip().split("\n", 1)[0]
-        name = type(module.model).__name__
-        raise CheckpointError(f"{name} cannot be exported exactly: {FAILS}: {reason}") from failure
     return [0, *(m.window for m in module.masks if m.window > 0), *(m.chunk for m in module.masks)]
 
 
 @torch.no_grad()
-def untouched(model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache]) -> list[torch.Tensor]:
-    """transformers' own cached decode of one row: the logits of its prompt and of each step."""
+def untouched(
+    model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache], first: int = 0
+) -> list[torch.Tensor]:
+    """transformers' own cached decode of one row: the logits of its prompt and of each step. first: its first position."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(past):
         cache.update(key, value, layer)
@@ -228,7 +243,7 @@ def untouched(model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list
     for end in (prompt, *range(prompt + 1, prompt + STEPS + 1)):
         mask = torch.ones(1, before + end, dtype=torch.int64)
         if takes_positions(model):
-            named["position_ids"] = torch.arange(before + begin, before + end)[None]
+            named["position_ids"] = first + torch.arange(before + begin, before + end)[None]
         ids = row[None, begin:end]
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **named)
         result.append(output.logits[0].float())

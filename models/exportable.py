@@ -112,6 +112,8 @@ def from_config(
             [(K, D, D) for K, D in caches],
             config.vocab_size,
             of_module(module, caches, torch.float32),
-            limit=decoder.encoding.max_length,
+            reach=config.max_position_embeddings if decoder.encoding.path_dependent else 0,  # no switch lies beyond
+            limit=max_length,
+            alone=decoder.encoding.path_dependent,
         ),
     )

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from pe_onnx.contract import CacheShape
 from pe_onnx.errors import CheckpointError
-from pe_onnx.models import masks
+from pe_onnx.models import latent, masks
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep
 from pe_onnx.models.masks import Mask
 
@@ -40,18 +40,26 @@ class BridgeCache(Cache):
         self.masks: list[Mask] = []
         """What the layers handed to attention, in their order."""
         self._last = 0
-        self._keys: list[tuple[torch.Tensor, int]] = []
+        self._keys: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> LayerCache:
         self._last = layer_idx
-        self._keys.append((key_states, layer_idx))
+        self._keys.append((key_states, value_states, layer_idx))
         return key_states, value_states
 
-    def layer_of(self, key: torch.Tensor) -> int:
-        """The layer whose cache holds these keys: another's, where layers share them."""
-        return next((layer for known, layer in self._keys if known is key), self._last)
+    def layer_of(self, key: torch.Tensor, value: torch.Tensor) -> int:
+        """The layer whose cache holds these keys: another's, where layers share them.
+
+        Raises CheckpointError for keys that were cached with other values.
+        """
+        for known, its_value, layer in self._keys:
+            if known is key:
+                if its_value is not value:
+                    raise CheckpointError("its attention takes other values than it caches with its keys")
+                return layer
+        return self._last
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.step.past[0][0].shape[2]
@@ -105,11 +113,17 @@ def attend(
     if not isinstance(attention_mask, Mask):
         kind = "no mask: it is not causal" if attention_mask is None else "a mask that its file builds by itself"
         raise CheckpointError(f"{name} hands its attention {kind}")
+    if not attention_mask.causal:
+        raise CheckpointError(f"{name}: its attention is bidirectional (is_decoder = true makes a decoder of some)")
     cache = current()
     cache.masks.append(attention_mask)
+    if latent.is_latent(module):
+        query = latent.query_of(module, query)
     (_, H, _, D), K, E = query.shape, key.shape[1], value.shape[-1]
-    layer = cache.layer_of(key)
-    size = cache.caches[layer][1]
+    layer = cache.layer_of(key, value)
+    cached_heads, size = cache.caches[layer]
+    if K != cached_heads:
+        raise CheckpointError(f"{name} attends to {K} heads of keys, and caches {cached_heads}")
 
     def packed(x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x  # zeros change no score
@@ -129,7 +143,8 @@ def attend(
         window=attention_mask.window,
         chunk=attention_mask.chunk,
     )
-    return output.unflatten(-1, (H, size))[..., :E], None
+    output = output.unflatten(-1, (H, size))[..., :E]
+    return latent.values_of(module, output) if latent.is_latent(module) else output, None
 
 
 def register() -> None:

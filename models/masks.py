@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from pe_onnx.errors import CheckpointError
+
+
+COMPUTED = "its attention does not go through transformers' attention interface: it computes with the mask itself"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class Mask:
     """Tokens, the query's own included; -1 for all."""
     chunk: int = 0
     """Tokens; 0 for no chunks."""
+    causal: bool = True
+    """False where a query sees later keys too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself looks for
+            raise AttributeError(name)
+        raise CheckpointError(COMPUTED)
+
+    def __radd__(self, scores: Any) -> Any:
+        raise CheckpointError(COMPUTED)
 
 
 def register(name: str) -> None:
@@ -33,7 +46,7 @@ def register(name: str) -> None:
 
 def _make(*args: Any, mask_function: Callable[..., Any], **others: Any) -> Mask:
     """transformers' mask interface. Raises CheckpointError for a mask that is not understood."""
-    window, chunk = -1, 0
+    window, chunk, causal = -1, 0, True
     for part in _parts(mask_function):
         kind = part.__qualname__.partition(".")[0]
         variables = _closure(part)
@@ -41,9 +54,11 @@ def _make(*args: Any, mask_function: Callable[..., Any], **others: Any) -> Mask:
             window = int(variables["sliding_window"])
         elif kind == "chunked_overlay":
             chunk = int(variables["chunk_size"])
+        elif part is bidirectional_mask_function:
+            causal = False
         elif part is not causal_mask_function:
-            raise CheckpointError(f"its attention mask has a part {part.__qualname__!r} that is not understood")
-    return Mask(window, chunk)
+            raise CheckpointError(f"its attention mask has a part {kind!r} that is not understood")
+    return Mask(window, chunk, causal)
 
 
 def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:

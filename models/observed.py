@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,6 +30,8 @@ class Observed:
     """Positions of the shortest table."""
     offset: int = 0
     """The table's row of position 0."""
+    first: int = 0
+    """The position that the model itself gives the first token."""
 
 
 class _Tables(TorchFunctionMode):
@@ -71,19 +74,38 @@ class _Tables(TorchFunctionMode):
 def observe(model: PreTrainedModel, takes_positions: bool) -> Observed:
     """Run the model as it is on a few tokens. Raises CheckpointError where it cannot be run, or holds another state
     than keys and values."""
+    refuse_other_states(model)
     name = type(model).__name__
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(7))
-    positions = (FIRST + torch.arange(TOKENS)).expand(ROWS, -1)
-    cache = DynamicCache()
-    named: dict[str, Any] = {"position_ids": positions} if takes_positions else {}
-    watched = _Tables(positions if takes_positions else torch.arange(TOKENS))
-    try:
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.randint(0, config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(7))
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None:  # some count the tokens that are none
+        ids = torch.where(ids == padding, (padding + 1) % config.vocab_size, ids)
+
+    def run(start: int | None) -> tuple[torch.Tensor, DynamicCache, list[tuple[torch.Tensor, int, int]]]:
+        """Logits, cache and tables; start: the first position, None for what the model itself takes."""
+        cache = DynamicCache()
+        positions = ((start or 0) + torch.arange(TOKENS)).expand(ROWS, -1)
+        named = {} if start is None else {"position_ids": positions}
+        watched = _Tables(positions)
         with watched:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **named)
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **named
+            ).logits
+        return logits, cache, watched.found
+
+    try:
+        _, cache, tables = run(FIRST if takes_positions else None)
+        own, _, its_tables = run(None)
+        offsets = [offset for _, offset, _ in its_tables]
+        offset = tables[0][1] if tables else 0
+        first = next((o - offset for o in offsets if o != offset), 0) if takes_positions else 0
+        given = run(first)[0] if takes_positions else own
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(f"{name} cannot be run with a cache of keys and values: {reason}") from error
+    if not torch.allclose(given, own, rtol=0, atol=1e-5 * float(own.std())):
+        raise CheckpointError(f"{name}: the positions that it gives its tokens are not understood")
     shapes = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -93,10 +115,32 @@ def observe(model: PreTrainedModel, takes_positions: bool) -> Observed:
     if not shapes:
         raise CheckpointError(f"{name} keeps no keys and values in its cache")
     parameters = {p.data_ptr() for p in model.parameters()}
-    observed = Observed(shapes)
-    for table, offset, rows in watched.found:
+    observed = Observed(shapes, first=first)
+    for table, offset, rows in tables:
         learned = table.data_ptr() in parameters
         observed.table = "learned" if learned or observed.table == "learned" else "fixed"
-        observed.offset = offset
-        observed.max_length = min(rows - offset, observed.max_length or rows)
+        observed.offset = offset + first
+        observed.max_length = min(rows - offset - first, observed.max_length or rows)
     return observed
+
+
+KEPT = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "global_attention",
+    "local_attention",
+}
+"""Layer types that keep keys and values, and nothing else."""
+
+
+def refuse_other_states(model: PreTrainedModel) -> None:
+    """Raises CheckpointError for a model that says of itself that it keeps another state than keys and values."""
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    other = sorted({str(t) for t in types} - KEPT)
+    if other:
+        raise CheckpointError(f"{name} has layers of type {other[0]!r}, which keep another state than keys and values")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise CheckpointError(f"{name} takes no past_key_values: it keeps no keys and values of earlier tokens")

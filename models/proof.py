@@ -67,9 +67,12 @@ class Proof:
         reach: int = 0,
         limit: int | None = None,
         alone: bool = False,
+        cached: Callable[[torch.Tensor, torch.Tensor], LayerCache] = lambda key, value: (key, value),
     ) -> None:
         """shapes: K, channels of keys and of values of each cache. reach: tokens of the greatest window, chunk or
-        switch; limit: tokens the encoding can take; alone: rows of a batch influence each other, so no batch."""
+        switch; limit: tokens the encoding can take; alone: rows of a batch influence each other, so no batch; cached:
+        what the runs cache in place of the reference's keys and values."""
+        self.cached = cached
         generator = torch.Generator().manual_seed(0)
         prompt = PROMPT if limit is None else max(1, min(PROMPT, limit - STEPS))
 
@@ -105,8 +108,8 @@ class Proof:
         worst = 0.0
         for trial in self.trials:
             caches = [
-                (_widened(k, D, dtype, target), _widened(v, D, dtype, target))
-                for (k, v), (_, D) in zip(trial.caches, sizes, strict=False)
+                tuple(_widened(x, D, dtype, target) for x in self.cached(*pair))
+                for pair, (_, D) in zip(trial.caches, sizes, strict=False)
             ]
             caches = caches or [(torch.zeros(len(trial.rows), K, 0, D, dtype=dtype),) * 2 for K, D in sizes]
             for i, feed in enumerate(_feeds(trial, target)):

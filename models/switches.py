@@ -84,7 +84,7 @@ def substitutions(model: nn.Module) -> Iterator[Substitution]:
     """Replaces ``forward`` of each rotary module that switches. Raises CheckpointError where one is not understood."""
     for module in model.modules():
         if SWITCHES.keys() & rope_types(module).values():
-            undecorated = inspect.unwrap(type(module).forward)  # of no_grad and of dynamic_rope_update
+            undecorated = inspect.unwrap(type(module).forward)  # beneath no_grad and dynamic_rope_update
             if undecorated is type(module).forward:
                 raise CheckpointError(f"{type(module).__name__} switches its frequencies in a way not understood")
             forward = _forward(module, undecorated)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
-from pe_onnx.kv_cache import CHUNK_TOKENS, KVCache, make_cache
+from pe_onnx.kv_cache import KVCache, make_cache
 from pe_onnx.sampling import Sampler, SamplingOptions
 from pe_onnx.session import Session
 from pe_onnx.tokenizer import TextStream, Tokenizer, load_tokenizer

@@ -50,7 +50,7 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReferenc
 
 
 def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Reference | PathReference:
-    """transformers' own model with its own eager attention, and its own cache where frequencies switch.
+    """transformers' own model with its own attention, and its own cache where frequencies switch.
 
     scaling: the ``--rope-scaling`` that the bundle was exported with.
     """
@@ -60,10 +60,12 @@ def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Ref
         from transformers import DynamicCache
 
         from pe_onnx.models import switches
+        from pe_onnx.models.bridge import untouched_attention
         from pe_onnx.models.checkpoint import load_model, resolve
 
     with silenced():
         model = load_model(path, config=resolve(path, scaling)[0])
+        model.config._attn_implementation = untouched_attention(model)
     if not switches.thresholds(model):
         return from_module(
             lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import json
 import platform
@@ -17,6 +18,7 @@ from pe_onnx.errors import needs
 with needs("export", "'pe-onnx[export]'"):
     import onnx
     import onnx_ir as ir
+    from torch import nn
 
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.tracing import Progress
@@ -58,6 +60,10 @@ def write(
         manifest["proof"] = {"verified": False}
         if verify and exportable.proof is not None:
             progress("verify")
+            for value in model.graph.initializers.values():
+                value.const_value = None
+            exportable.module = nn.Module()
+            gc.collect()  # the place of the weights is onnxruntime's now
             from pe_onnx.verification import verify as run_proof  # needs onnxruntime
 
             manifest["proof"] = run_proof(Bundle(folder, manifest), exportable.proof)

@@ -78,3 +78,21 @@ def test_does_not_fire(case: str) -> None:
     normed = norm(g, x, **options)  # type: ignore[arg-type]
     model = g.model(normed if case == "output" else g.op("Abs", normed))
     assert not apply(FusedNorms(), model, W=12)
+
+
+@pytest.mark.parametrize("weights", [np.float16, np.float32])
+def test_half_precision_with_float32_weights(weights: type) -> None:
+    g = GraphMaker()
+    x = g.input("x", *SHAPE)
+    half = g.op("Cast", x, shape=SHAPE, to=ir.DataType.FLOAT16)
+    scale = np.linspace(0.5, 2, 12).astype(weights)
+    half.type = ir.TensorType(ir.DataType.FLOAT16)
+    normed = g.op("RMSNormalization", half, g.const(scale, weights), shape=SHAPE, axis=-1, epsilon=1e-5, stash_type=1)
+    model = g.model(g.op("Cast", normed, shape=SHAPE, to=ir.DataType.FLOAT))
+    assert FusedNorms()(model).modified == (weights is np.float32)
+    assert not FusedNorms()(model).modified
+    values = np.random.default_rng(0).standard_normal((2, 3, 12), np.float32)
+    (have,) = run(model, {"x": values})
+    rounded = values.astype(np.float16).astype(np.float64)
+    want = rounded / np.sqrt((rounded**2).mean(-1, keepdims=True) + 1e-5) * scale
+    assert np.abs(have - want).max() < (1e-6 if weights is np.float32 else 4e-3)

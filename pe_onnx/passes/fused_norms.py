@@ -1,8 +1,9 @@
 """Root-mean-square norms spelled out, to RMSNormalization: those that onnxscript's own fusion leaves.
 
 Zhang and Sennrich 2019, equation 4. onnxscript fuses a norm with weights in the usual order of factors; this pass takes
-norms without weights (nanochat). It runs before constants are simplified: onnxscript takes an epsilon of 1e-8 for 0
-and drops its Add, and a row of zeros would then become NaN.
+norms without weights (nanochat), and gives those of half-precision values with float32 weights (Gemma) one dtype, as
+onnxruntime's kernel needs it. It runs before constants are simplified: onnxscript takes an epsilon of 1e-8 for 0 and
+drops its Add, and a row of zeros would then become NaN.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import onnx_ir as ir
 
 from pe_onnx.passes.nodes import insert, made_by, numbers, replace, sizes
 
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 
 class FusedNorms(ir.passes.InPlacePass):
     """``x * Reciprocal(Sqrt(ReduceMean(x^2, -1) + epsilon))`` to RMSNormalization with weights of 1.
 
-    x is float32 and its last size a number. A norm that makes an output of the graph stays as it is.
+    x is float32 and its last size a number. A norm that makes an output of the graph stays as it is. A fused norm whose
+    weights alone are float32, and so its result, reads x in float32.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -24,6 +28,8 @@ class FusedNorms(ir.passes.InPlacePass):
         for node in list(model.graph):
             if (node.domain, node.op_type) == ("", "Mul") and node.graph is not None:
                 modified |= self._fuse(model.graph, node)
+            if (node.domain, node.op_type) == ("", "RMSNormalization"):
+                modified |= self._widen(node)
         return ir.passes.PassResult(model, modified)
 
     def _fuse(self, graph: ir.Graph, mul: ir.Node) -> bool:
@@ -41,6 +47,15 @@ class FusedNorms(ir.passes.InPlacePass):
             replace(mul.outputs[0], insert(mul, "RMSNormalization", inputs, shape, attributes))
             return True
         return False
+
+    def _widen(self, norm: ir.Node) -> bool:
+        x, weights = norm.inputs[:2]
+        if x is None or weights is None or x.dtype not in HALF or weights.dtype != ir.DataType.FLOAT:
+            return False
+        wide = insert(norm, "Cast", [x], sizes(x) or [], {"to": ir.DataType.FLOAT})
+        wide.shape, wide.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
+        norm.replace_input_with(0, wide)
+        return True
 
     def _epsilon(self, x: ir.Value | None, factor: ir.Value | None) -> float | None:
         """Of ``1 / sqrt(mean(x^2) + epsilon)``, None for any other factor."""
