@@ -8,7 +8,7 @@ What the bridge alone does not carry stands in one file a family, ``models/famil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -107,13 +107,17 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def from_checkpoint(path: Path, target: Target, last_only: bool) -> Exportable:
+def from_checkpoint(
+    path: Path, target: Target, last_only: bool, scaling: Mapping[str, Any] | None = None, follow: bool = False
+) -> Exportable:
     """Bridge the checkpoint at ``path``, a Hugging Face folder or a GGUF file.
+
+    scaling: a longer context, see rope_scaling.py. follow: let keys through that transformers ignores.
 
     Raises CheckpointError for weights that are missing or truncated, for a model or configuration that is not
     understood, and where the bridged module does not compute what transformers computes.
     """
-    loaded = checkpoint.load(path)
+    loaded = checkpoint.load(path, scaling, follow)
     model = loaded.model
     module, observed, proof = bridge(model, target, last_only)
     text = model.config.get_text_config(decoder=True)
@@ -121,10 +125,16 @@ def from_checkpoint(path: Path, target: Target, last_only: bool) -> Exportable:
         module=module,
         caches=module.caches,
         vocab_size=text.vocab_size,
-        encoding=loaded.encoding,
-        parameters=loaded.parameters,
-        source={"kind": "checkpoint", "path": str(path.resolve()), "model_type": text.model_type},
-        trained_length=getattr(text, "max_position_embeddings", None),
+        encoding=loaded.encoding.name,
+        parameters=loaded.encoding.parameters,
+        ignored=loaded.encoding.ignored,
+        source={
+            "kind": "checkpoint",
+            "path": str(path.resolve()),
+            "model_type": text.model_type,
+            "rope_scaling": dict(scaling) if scaling else None,
+        },
+        trained_length=loaded.trained_length,
         max_length=observed.max_length,
         path_dependent=bool(switches.thresholds(model)),
         config=loaded.config_json,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,10 +12,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pe_onnx.errors import CheckpointError
-from pe_onnx.models.encoding_config import read_encoding
+from pe_onnx.models import config_keys, config_reads, rope_scaling, rope_types, weight_shapes
+from pe_onnx.models.config_origin import Origins, blame
+from pe_onnx.models.encoding_config import Encoding, read_encoding, refuse_misspelt, trained_length
+from pe_onnx.models.observed import observe
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,6 +33,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+TEXT_PARTS = ("text_config", "decoder", "llm_config")
+"""Parts of a config.json of several models that can be the text model's."""
 TOKENIZER_SOURCES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
@@ -30,35 +43,97 @@ class Loaded:
     """A checkpoint in float32, and what its files say."""
 
     model: PreTrainedModel
-    encoding: str
-    parameters: dict[str, dict[str, Any]]
-    max_length: int | None
+    encoding: Encoding
+    trained_length: int | None
     config_json: dict[str, Any]
     generation_config_json: dict[str, Any]
     tokenizer: Mapping[str, Any] | None
     write_assets: Callable[[Path], None]
 
 
-def load(path: Path) -> Loaded:
-    """Raises CheckpointError for what is missing, truncated or not understood."""
+def load(path: Path, scaling: Mapping[str, Any] | None = None, follow: bool = False) -> Loaded:
+    """scaling: a longer context, see rope_scaling.py. follow: let keys through that transformers ignores.
+
+    Raises CheckpointError for what is missing, truncated or not understood.
+    """
     folder, gguf = locate(path)
-    model = load_model(path)
-    config = model.config.get_text_config(decoder=True)
-    raw = None if gguf else json.loads((folder / "config.json").read_text("utf-8"))
-    encoding, parameters, max_length = read_encoding(model, raw)
-    config_json = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    where = "GGUF metadata" if gguf else "config.json"
+    raw = _raw_config(folder, gguf)
+    config, reach = resolve(path, scaling, raw)
+    text = config.get_text_config(decoder=True)
+    origins = Origins(config, raw, lambda plain: rope_scaling.apply(plain, scaling) if scaling else None)
+    if not follow:
+        refuse_misspelt(origins, where)
+    with config_reads.recorded() as reads:
+        config_reads.watch(text, reads)
+        model = load_model(path, config=config)
+        observed = observe(model, "position_ids" in inspect.signature(model.forward).parameters)
+    for module in model.modules():
+        if isinstance(own := getattr(module, "config", None), PreTrainedConfig):
+            config_reads.unwatch(own)
+    encoding = read_encoding(origins, reads, observed, where, follow)
+    config_reads.unwatch(text)
+    config_json = {k: v for k, v in text.to_dict().items() if k != "quantization_config"}
     config_json["architectures"] = [type(model).__name__]
     tokenizer, write_assets = _tokenizer(folder, gguf)
     return Loaded(
         model=model,
         encoding=encoding,
-        parameters=parameters,
-        max_length=max_length,
+        trained_length=reach or trained_length(text),
         config_json=config_json,
         generation_config_json=model.generation_config.to_dict(),
         tokenizer=tokenizer,
         write_assets=write_assets,
     )
+
+
+def resolve(
+    path: Path, scaling: Mapping[str, Any] | None = None, raw: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedConfig, int | None]:
+    """The configuration as transformers reads it, with the scaling, and the length that this is meant for.
+
+    Raises CheckpointError for values that are out of range or contradict each other.
+    """
+    folder, gguf = locate(path)
+    where = "GGUF metadata" if gguf else "config.json"
+    raw = _raw_config(folder, gguf) if raw is None else raw
+    known = CONFIG_MAPPING[raw["model_type"]] if raw.get("model_type") in CONFIG_MAPPING else PreTrainedConfig
+    for part in (raw, *(value for key, value in raw.items() if key in TEXT_PARTS and isinstance(value, Mapping))):
+        config_keys.check(part, known, where)
+        rope_types.check_raw(part, where)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
+    except Exception as error:
+        keys = ", ".join(blame(known, raw))
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {where}: {keys}: {_reason(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
+    text = config.get_text_config(decoder=True)
+    rope_types.check(text, where)
+    config_keys.check_shapes(text, where)
+    return config, rope_scaling.apply(text, scaling) if scaling else None
+
+
+def _raw_config(folder: Path, gguf: str | None) -> dict[str, Any]:
+    """config.json as it stands, or what transformers reads of a GGUF file's metadata."""
+    try:
+        if gguf is None and not isinstance(json.loads((folder / "config.json").read_text("utf-8")), dict):
+            raise CheckpointError(f"checkpoint {folder}: config.json must hold an object")
+        return dict(PreTrainedConfig.get_config_dict(folder, **({"gguf_file": gguf} if gguf else {}))[0])
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder}: config.json is not JSON ({error})") from None
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {folder / (gguf or 'config.json')} cannot be read: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The whole of a message in one line; for a bare key, what it is."""
+    text = " ".join(str(error).split())
+    return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def locate(path: Path) -> tuple[Path, str | None]:
@@ -78,16 +153,19 @@ def locate(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
-    """The whole causal LM in float32 on the CPU, every weight of the checkpoint accounted for."""
+def load_model(path: Path, attention: str = "eager", config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The whole causal LM in float32 on the CPU, every weight of the checkpoint accounted for.
+
+    config: in place of the checkpoint's own.
+    """
     folder, gguf = locate(path)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    if config is None:
+        config, _ = resolve(path)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             attn_implementation=attention,
             output_loading_info=True,
@@ -95,19 +173,14 @@ def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
             trust_remote_code=False,  # or transformers asks on the terminal
             **options,
         )
-    except CheckpointError:
-        raise
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {path}: the weights are truncated or damaged ({error})") from error
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {reason}") from error
-    problems = {
-        "missing": info["missing_keys"],
-        "of another shape": info["mismatched_keys"],
-        "not read by the model": info["unexpected_keys"],
-    }
-    for what, keys in problems.items():
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {_reason(error)}") from error
+    if info["mismatched_keys"]:
+        problem = weight_shapes.explain(config, list(info["mismatched_keys"]))
+        raise CheckpointError(f"checkpoint {path}: weights of another shape: {problem}")
+    for what, keys in {"missing": info["missing_keys"], "not read by the model": info["unexpected_keys"]}.items():
         if keys:
             first = sorted(str(key) for key in keys)[0]
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""

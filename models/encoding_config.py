@@ -1,86 +1,132 @@
-"""What a checkpoint's configuration says of positions: each key with its value and origin, or refused by name.
+"""What a checkpoint says of positions and attention: each key with its value and origin, or refused by name.
 
-Values are those transformers resolved; the origin says whether the file names the key (in the old or the new spelling)
-or transformers filled it in. A key that bears on positions and that neither transformers nor we know is an error.
+Values are those transformers resolved. The origin says whether the file names the key, in whatever spelling, the
+command line does, or transformers filled it in. A key of the file that nothing reads is an error.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pe_onnx.errors import CheckpointError, did_you_mean
+from pe_onnx import discovery
+from pe_onnx.errors import CheckpointError
+from pe_onnx.models import config_keys, rope_types
+from pe_onnx.models.config_keys import LENGTHS, Path
+from pe_onnx.models.config_origin import Origins
+from pe_onnx.models.config_reads import Reads
+from pe_onnx.models.observed import Observed
 
-COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
-ROPE_KEYS = {
-    "default": COMMON,
-    "linear": COMMON | {"factor"},
-    "llama3": COMMON | {"factor", "low_freq_factor", "high_freq_factor"},
-    "yarn": COMMON | {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-}
-"""RoPE types whose angles do not depend on the length of the sequence, and the keys transformers reads for each."""
-
-BEARS_ON_POSITIONS = re.compile(r"rope|rotary|alibi|position|nope|relative|sliding|window")
-OLD_SPELLINGS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "max_window_layers"})
+DEFAULT = "transformers' default"
+TABLES = {"learned": "learned", "fixed": "sinusoidal"}
+"""Tables of positions, as observed.py calls them, to encodings."""
 
 Parameters = dict[str, dict[str, Any]]
 
 
-def read_encoding(model: PreTrainedModel, raw: Mapping[str, Any] | None) -> tuple[str, Parameters, int | None]:
-    """Name, parameters with their origins, and the hard limit on positions of a model's encoding.
+@dataclass
+class Encoding:
+    """Of a checkpoint."""
 
-    raw: the config.json as it stands, or None for a GGUF file. Raises CheckpointError for what is not understood.
+    name: str
+    parameters: Parameters
+    """Name to {"value", "origin"}."""
+    ignored: dict[str, Any] = field(default_factory=dict)
+    """Keys that bear on positions or attention, that transformers ignores, and that were let through."""
+
+
+def read_encoding(origins: Origins, reads: Reads, observed: Observed, where: str, follow: bool = False) -> Encoding:
+    """where: what the file is called. follow: let keys through that transformers ignores.
+
+    Raises CheckpointError for a key that nothing reads.
     """
-    config = model.config.get_text_config(decoder=True)
-    if raw is not None:
-        _refuse_unknown(config, raw)
-    rope = getattr(config, "rope_parameters", None)
-    if rope:
-        parameters = _rope(config, rope, raw)
-        window = getattr(config, "sliding_window", None)
-        if window is not None and getattr(config, "use_sliding_window", True):
-            parameters["sliding_window"] = {"value": window, "origin": _origin("sliding_window", raw)}
-        return "rope", parameters, None
-    tables = (m for name, m in model.named_modules() if name.endswith("wpe") and isinstance(m, nn.Embedding))
-    table = next(tables, None)
-    if table is not None and config.model_type == "gpt2":
-        spelled = "n_positions" if raw and "n_positions" in raw else "max_position_embeddings"
-        entry = {"value": table.num_embeddings, "origin": _origin(spelled, raw)}
-        return "learned", {"max_position_embeddings": entry}, table.num_embeddings
-    raise CheckpointError(f"model_type = {config.model_type!r} is not supported yet: its encoding is not known")
+    config, ignored = origins.config, {}
+    for path, value, remark in origins.without_effect(reads):
+        ignored[".".join(path)] = value
+        if not follow:
+            raise CheckpointError(
+                f"{where}: nothing in {config.model_type} reads {'.'.join(path)} = {config_keys.shown(value)}{remark} "
+                f"(--follow-transformers leaves it out, as transformers does)"
+            )
+    return Encoding(
+        name(config, reads, observed),
+        {**_rope(origins, reads, where), **_others(origins, reads, where)},
+        ignored,
+    )
 
 
-def _rope(config: PreTrainedConfig, rope: Mapping[str, Any], raw: Mapping[str, Any] | None) -> Parameters:
-    kind = rope.get("rope_type")
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{config.model_type}: rope_parameters differ by layer type, not supported yet")
-    if kind not in ROPE_KEYS:
-        hint = did_you_mean(kind, ROPE_KEYS)
-        raise CheckpointError(f"rope_type = {kind!r} is not supported yet{hint} (supported: {', '.join(ROPE_KEYS)})")
-    for key in rope:
-        if key not in ROPE_KEYS[kind]:
-            hint = did_you_mean(key, ROPE_KEYS[kind])
-            raise CheckpointError(f"rope_parameters: nothing reads {key!r} for rope_type {kind!r}{hint}")
-    return {key: {"value": value, "origin": _origin(key, raw)} for key, value in rope.items() if key != "type"}
+def refuse_misspelt(origins: Origins, where: str) -> None:
+    """Raises CheckpointError for a key that looks like a known one; called before weights are read by its default."""
+    for path, _ in origins.leaves():
+        near = origins.misspelt(path[0])
+        if near is not None:
+            raise CheckpointError(
+                f"{where}: nothing in {origins.config.model_type} reads {path[0]} = "
+                f"{config_keys.shown(origins.raw[path[0]])}; did you mean {near!r}?"
+            )
 
 
-def _origin(key: str, raw: Mapping[str, Any] | None) -> str:
-    if raw is None:
-        return "GGUF metadata"
-    places = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
-    spelled = ("rope_type", "type") if key == "rope_type" else (key,)
-    named = any(name in place for place in places for name in spelled)
-    return "config.json" if named else "transformers' default"
+def name(config: PreTrainedConfig, reads: Reads, observed: Observed) -> str:
+    """What the family's file says, else rope where the model reads rope parameters, else the table it was seen to
+    read."""
+    families = "models.families"
+    if config.model_type in discovery.names(families):
+        own = getattr(discovery.load(families, config.model_type), "ENCODING", None)
+        if own is not None:
+            return own(config) if callable(own) else own
+    return "rope" if _reads_rope(config, reads) else TABLES.get(observed.table or "", "none")
 
 
-def _refuse_unknown(config: PreTrainedConfig, raw: Mapping[str, Any]) -> None:
-    """Refuse a key about positions that the configuration class does not have, unless its value is none or false."""
-    attribute_map = getattr(type(config), "attribute_map", {})
-    known = {*type(config)().to_dict(), *attribute_map, *attribute_map.values(), *OLD_SPELLINGS}
-    for key, value in raw.items():
-        if BEARS_ON_POSITIONS.search(key) and key not in known and value:
-            raise CheckpointError(f"config.json: nothing in {config.model_type} reads {key!r} = {value!r}")
+def _reads_rope(config: PreTrainedConfig, reads: Reads) -> bool:
+    return any(reads.includes(config, (*path, "rope_theta")) for path, _ in rope_types.blocks(config))
+
+
+def _rope(origins: Origins, reads: Reads, where: str) -> Parameters:
+    """Rope parameters and what transformers takes for those that are not there."""
+    found: Parameters = {}
+    config = origins.config
+    for path, rope in rope_types.blocks(config):
+        kind = rope_types.TYPES[rope.get("rope_type", "default")]
+        values = {**kind.defaults, **{k: v for k, v in rope.items() if v is not None and k != "type"}}
+        if "attention_factor" in kind.optional and "attention_factor" not in values:
+            layer_type = path[1] if len(path) > 1 else None
+            compute = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+            values["attention_factor"] = compute(config, "cpu", layer_type=layer_type)[1]
+        for key, value in values.items():
+            leaf = (*path, key)
+            if leaf not in origins.resolved or _is_listed(origins, reads, leaf):
+                prefix = "" if len(path) == 1 else f"{'.'.join(path)}."
+                found[prefix + key] = {"value": value, "origin": _origin(origins, leaf, where)}
+    return found if _reads_rope(config, reads) else {}
+
+
+def _others(origins: Origins, reads: Reads, where: str) -> Parameters:
+    return {
+        ".".join(path): {"value": value, "origin": _origin(origins, path, where)}
+        for path, value in sorted(origins.resolved.items())
+        if path[0] != "rope_parameters"
+        and value is not None
+        and config_keys.bears(path)
+        and _is_listed(origins, reads, path)
+    }
+
+
+def _is_listed(origins: Origins, reads: Reads, path: Path) -> bool:
+    known = origins.is_known(path[0]) or reads.includes(origins.config, path)
+    return known and (path in origins.given or path[-1] in LENGTHS or reads.includes(origins.config, path))
+
+
+def _origin(origins: Origins, path: Path, where: str) -> str:
+    if path in origins.commanded:
+        return "command line"
+    return where if path in origins.given else DEFAULT
+
+
+def trained_length(config: PreTrainedConfig) -> int | None:
+    """Tokens the model was trained on, by the first of the names that families have for it."""
+    lengths: Mapping[str, Any] = {key: getattr(config, key, None) for key in LENGTHS}
+    return next((value for value in lengths.values() if isinstance(value, int)), None)

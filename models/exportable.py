@@ -32,6 +32,8 @@ class Exportable:
     """Name to {"value", "origin"}: what bears on positions, and where it was read."""
     source: dict[str, Any]
     """How to make the PyTorch reference again."""
+    ignored: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys of the checkpoint's configuration that transformers ignores and the user let through."""
     trained_length: int | None = None
     """Tokens the model was trained on: the cache grows up to here unless told otherwise."""
     max_length: int | None = None

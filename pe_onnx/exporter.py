@@ -36,6 +36,8 @@ def export(
     encoding: str | None = None,
     encoding_parameters: Mapping[str, Any] | None = None,
     model: str | Path | None = None,
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    follow_transformers: bool | None = None,
     preset: str | None = None,
     config: Mapping[str, Any] | None = None,
     target: str = "ort",
@@ -56,6 +58,8 @@ def export(
     ``source`` that follows the graph contract, ``module(input_ids, attention_mask, position_ids, past_key_values)``
     to logits and presents, with its ``layers``, ``kv_heads`` and ``head_size``.
 
+    rope_scaling: a longer context for a checkpoint that has plain RoPE, ``"yarn:factor=4"`` or a mapping with its
+    ``rope_type``. follow_transformers: let keys of the checkpoint's configuration through that transformers ignores.
     target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target; a
     module's are what it gives). verify: run the finished bundle against the module before it is put in its place.
     Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished or does not
@@ -74,6 +78,7 @@ def export(
 
     belonging: dict[str, dict[str, Any]] = {
         "encoding": {"encoding_parameters": encoding_parameters, "preset": preset, "config": config},
+        "model": {"rope_scaling": rope_scaling, "follow_transformers": follow_transformers},
         "a module": {"layers": layers, "kv_heads": kv_heads, "head_size": head_size},
     }
     for kind, options in belonging.items():
@@ -97,9 +102,13 @@ def export(
             exportable = from_config(resolved, cast(contract.Target, target), last_only, preset, dtype)
         elif model is not None:
             with needs("a checkpoint", "'pe-onnx[export]'"):
+                from pe_onnx.models import rope_scaling as scalings
                 from pe_onnx.models.bridge import from_checkpoint
 
-            exportable = from_checkpoint(Path(model), cast(contract.Target, target), last_only)
+            scaling = scalings.parse(rope_scaling) if rope_scaling else None
+            exportable = from_checkpoint(
+                Path(model), cast(contract.Target, target), last_only, scaling, bool(follow_transformers)
+            )
         else:
             assert source is not None
             if dtype == "fp16":

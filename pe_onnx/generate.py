@@ -12,7 +12,7 @@ import numpy as np
 
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
-from pe_onnx.kv_cache import CHUNK_TOKENS, KVCache, make_cache
+from pe_onnx.kv_cache import KVCache, make_cache
 from pe_onnx.sampling import Sampler, SamplingOptions
 from pe_onnx.session import Session
 from pe_onnx.tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -76,7 +76,7 @@ class Model:
         self.tokenizer: Tokenizer = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"])
         self.timing = Timing()
 
-    def cache(self, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int = CHUNK_TOKENS) -> KVCache:
+    def cache(self, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int | None = None) -> KVCache:
         """An empty cache, to call ``prefill`` and ``decode`` on, or to hand to ``generate`` again and again."""
         return make_cache(self.session, batch_size, max_length, chunk_tokens)
 

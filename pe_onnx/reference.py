@@ -44,12 +44,16 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReferenc
         path = Path(source["path"])
         if not path.exists():
             raise CheckpointError(f"the bundle's checkpoint {path} is gone; name it with --reference")
-        return from_checkpoint(path), f"transformers, {path}"
+        scaling = source.get("rope_scaling")
+        return from_checkpoint(path, scaling), f"transformers, {path}{_scaled(scaling)}"
     raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
 
 
-def from_checkpoint(path: Path) -> Reference | PathReference:
-    """transformers' own model with its own attention, and its own cache where frequencies switch."""
+def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Reference | PathReference:
+    """transformers' own model with its own attention, and its own cache where frequencies switch.
+
+    scaling: the ``--rope-scaling`` that the bundle was exported with.
+    """
     from pe_onnx.exporter import silenced
 
     with needs("a checkpoint", "'pe-onnx[export]'"):
@@ -57,10 +61,10 @@ def from_checkpoint(path: Path) -> Reference | PathReference:
 
         from pe_onnx.models import switches
         from pe_onnx.models.bridge import untouched_attention
-        from pe_onnx.models.checkpoint import load_model
+        from pe_onnx.models.checkpoint import load_model, resolve
 
     with silenced():
-        model = load_model(path)
+        model = load_model(path, config=resolve(path, scaling)[0])
         model.config._attn_implementation = untouched_attention(model)
     if not switches.thresholds(model):
         return from_module(
@@ -75,6 +79,10 @@ def from_checkpoint(path: Path) -> Reference | PathReference:
         )
 
     return CachedReference(start)
+
+
+def _scaled(scaling: Mapping[str, Any] | None) -> str:
+    return " with " + ", ".join(f"{key} {value}" for key, value in scaling.items()) if scaling else ""
 
 
 def from_module(module: Any) -> Reference:

@@ -85,7 +85,12 @@ def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: s
         "target": target,
         "dtype": dtype,
         "logits": logits,
-        "encoding": {"name": e.encoding, "parameters": e.parameters, "path_dependent": e.path_dependent},
+        "encoding": {
+            "name": e.encoding,
+            "parameters": e.parameters,
+            "path_dependent": e.path_dependent,
+            "ignored": e.ignored,
+        },
         "model": {
             "caches": [list(cache) for cache in e.caches],
             "vocab_size": e.vocab_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 )
 @click.option("--encoding", metavar="NAME[:KEY=VALUE,...]", help="Our own decoder with this positional encoding.")
 @click.option("--model", metavar="PATH", help="A checkpoint: a Hugging Face folder or a GGUF file.")
+@click.option("--rope-scaling", metavar="TYPE:KEY=VALUE,...", help="A longer context for a checkpoint: yarn:factor=4.")
+@click.option("--follow-transformers", is_flag=True, help="Let keys of config.json through that transformers ignores.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bundle folder.")
 @click.option("--preset", default=None, metavar="NAME", help="Size of our own decoder: tiny, small or base. [tiny]")
 @click.option("--set", "fields", multiple=True, metavar="KEY=VALUE", help="A field of our own decoder's configuration.")
@@ -28,6 +31,8 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 def command(
     encoding: str | None,
     model: str | None,
+    rope_scaling: str | None,
+    follow_transformers: bool,
     output: Path,
     preset: str | None,
     fields: tuple[str, ...],
@@ -48,10 +53,16 @@ def command(
         raise click.UsageError("give one of --encoding and --model")
     if model is not None and (preset or fields):
         raise click.UsageError("--preset and --set are for --encoding; a checkpoint brings its own configuration")
+    if encoding is not None and (rope_scaling or follow_transformers):
+        raise click.UsageError("--rope-scaling and --follow-transformers are for --model")
     check_output(output, force)
     from pe_onnx.exporter import export
 
-    options: dict[str, Any] = {"model": model}
+    options: dict[str, Any] = {
+        "model": model,
+        "rope_scaling": rope_scaling,
+        "follow_transformers": follow_transformers or None,
+    }
     if encoding is not None:
         name, parameters = parse_encoding(encoding)
         config = {key: _value(text) for key, text in parse_assignments(fields, "--set").items()}
@@ -74,6 +85,10 @@ def command(
             progress=progress,
             **options,
         )
+    for key, value in bundle.manifest["encoding"]["ignored"].items():
+        click.echo(
+            f"pe-onnx: warning: transformers ignores {key} = {json.dumps(value)}, and so does {output}", err=True
+        )
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     click.echo(
         f"{output}: {bundle.manifest['encoding']['name']}, {target}, {dtype}, {human_bytes(size)} "
@@ -84,8 +99,6 @@ def command(
 
 def _value(text: str) -> Any:
     """A number, true, false, null or else the text itself."""
-    import json
-
     try:
         return json.loads(text)
     except ValueError:
