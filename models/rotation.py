@@ -64,7 +64,7 @@ READINGS = [
 
 @dataclass
 class Call:
-    """The arguments of one call by name: what is rotated, the tables, and the rest; of that the tensors by themselves."""
+    """The arguments of one call by name: what is rotated, the tables, the rest, and the tensors of the rest."""
 
     rotated: dict[str, torch.Tensor]
     cos: torch.Tensor

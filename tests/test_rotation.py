@@ -110,9 +110,7 @@ def test_every_reading_is_proven_and_equal_on_other_input(reading: Reading, axis
     function = make(reading)
     rotary = as_file(function)
     heads = (3,) if make is one_tensor else (3, 1)
-    substitution = proven(
-        rotary, lambda f: f(*inputs(axis, heads, size), *tables(reading.layout), unsqueeze_dim=axis)
-    )
+    substitution = proven(rotary, lambda f: f(*inputs(axis, heads, size), *tables(reading.layout), unsqueeze_dim=axis))
     assert substitution is not None
     x, (cos, sin) = inputs(axis, heads, size, seed=1), tables(reading.layout, start=70)
     want = function(*x, cos, sin, unsqueeze_dim=axis)
