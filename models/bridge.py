@@ -232,7 +232,7 @@ def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
 def untouched(
     model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache], first: int = 0
 ) -> list[torch.Tensor]:
-    """transformers' own cached decode of one row: the logits of its prompt and of each step. first: its first position."""
+    """transformers' own cached decode of one row, its prompt and each step. first: its first position."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(past):
         cache.update(key, value, layer)
