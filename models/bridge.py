@@ -1,7 +1,7 @@
 """The bridge: a transformers decoder as it is, with its attention kernel, its cache and its rotation replaced.
 
-Positions, scalings, norms and layouts stay transformers' own code, so they cannot drift from it. Each replacement is run
-against the original on random input, and the bridged module against the untouched one, before anything is exported.
+Positions, scalings, norms and layouts stay transformers' own code, so they cannot drift from it. Each replacement is
+run against the original on random input, and the bridged module against the untouched one, before anything is exported.
 What the bridge alone does not carry stands in one file a family, ``models/families/``.
 """
 
@@ -68,7 +68,8 @@ class BridgedDecoder(nn.Module):
         past_key_values: list[LayerCache],
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
-        named = {"position_ids": position_ids + self.first if self.first else position_ids} if self.takes_positions else {}
+        positions = position_ids + self.first if self.first else position_ids
+        named = {"position_ids": positions} if self.takes_positions else {}
         with self._replaced(step) as cache:
             logits = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **named
@@ -180,8 +181,8 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     if not error <= PROOF_TOLERANCE:
         counts = "" if module.takes_positions else "; it takes no position_ids, and may count from the cache's length"
         raise CheckpointError(
-            f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of their "
-            f"spread{counts}"
+            f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of "
+            f"their spread{counts}"
         )
     return proof
 
@@ -213,7 +214,8 @@ def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
 def untouched(
     model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache], first: int = 0
 ) -> list[torch.Tensor]:
-    """transformers' own cached decode of one row: the logits of its prompt and of each step. first: its first position."""
+    """transformers' own cached decode of one row, whose first position is ``first``: the logits of its prompt and of
+    each step."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(past):
         cache.update(key, value, layer)

@@ -15,7 +15,6 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from pe_onnx.errors import CheckpointError
 
-
 COMPUTED = "its attention does not go through transformers' attention interface: it computes with the mask itself"
 
 

@@ -101,8 +101,8 @@ class Proof:
         worst = 0.0
         for trial in self.trials:
             caches = [
-                tuple(_widened(x, D, dtype, target) for x in self.cached(*pair))
-                for pair, (_, D) in zip(trial.caches, sizes, strict=False)
+                (_widened(k, D, dtype, target), _widened(v, D, dtype, target))
+                for (k, v), (_, D) in zip((self.cached(*pair) for pair in trial.caches), sizes, strict=False)
             ]
             caches = caches or [(torch.zeros(len(trial.rows), K, 0, D, dtype=dtype),) * 2 for K, D in sizes]
             for i, feed in enumerate(_feeds(trial, target)):

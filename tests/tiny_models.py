@@ -1,7 +1,7 @@
 """A tiny model of every family that transformers has: two layers or so, weights drawn so that positions matter.
 
-``SIZES`` are set where a family's configuration has the name; ``FAMILIES`` adds what else it needs to be small, or to be
-of use (a window that is reached, layers of each kind). A value of ``DEFAULT`` leaves the family's own.
+``SIZES`` are set where a family's configuration has the name; ``FAMILIES`` adds what else it needs to be small, or to
+be of use (a window that is reached, layers of each kind). A value of ``DEFAULT`` leaves the family's own.
 """
 
 from __future__ import annotations
@@ -68,10 +68,14 @@ LATENT = {"num_key_value_heads": 4, "head_dim": DEFAULT}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 FULL = {"layer_types": ["full_attention", "full_attention"]}
 LANGUAGES = {"languages": ["en"], "default_language": "en"}
-GEMMA4 = {**SLIDING, "per_layer_config": {"01": {"head_dim": 32}}, "rope_parameters": {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
-    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 900.0},
-}}
+GEMMA4 = {
+    **SLIDING,
+    "per_layer_config": {"01": {"head_dim": 32}},
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 900.0},
+    },
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "axk1": {**LATENT, "mlp_layer_types": ["dense", "sparse"]},
@@ -102,9 +106,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": SLIDING,
     "gemma3_text": SLIDING,
     "gemma3n_text": {
-        **SLIDING, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB,
-        "altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4,
+        **SLIDING,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "altup_num_inputs": 2,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {**GEMMA4, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB},
     "gemma4_unified_text": GEMMA4,
@@ -113,11 +123,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "gptj": {"rotary_dim": 8},
     "llama4_text": {
-        "num_hidden_layers": 4, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW, "floor_scale": 16,
-        "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0, 1, 0], "num_experts_per_tok": 1,
+        "num_hidden_layers": 4,
+        "intermediate_size_mlp": 96,
+        "attention_chunk_size": WINDOW,
+        "floor_scale": 16,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0, 1, 0],
+        "num_experts_per_tok": 1,
     },
-    "longcat_flash": {**LATENT, "head_dim": 16, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32,
-                      "moe_topk": 2, "zero_expert_num": 2},
+    "longcat_flash": {
+        **LATENT,
+        "head_dim": 16,
+        "num_layers": 2,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
     "marian": {**DECODER, "decoder_vocab_size": VOCAB},
     "megatron-bert": DECODER,
     "minicpm3": {**LATENT, "dim_model_base": 32},
@@ -127,24 +149,44 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mvp": DECODER,
     "olmo3": SLIDING,
     "opt": {"word_embed_proj_dim": 64},
-    "prophetnet": {"num_hidden_layers": DEFAULT, "num_encoder_layers": 1, "num_decoder_layers": 2,
-                   "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_attention_heads": DEFAULT},
+    "prophetnet": {
+        "num_hidden_layers": DEFAULT,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "num_attention_heads": DEFAULT,
+    },
     "rembert": {**DECODER, "input_embedding_size": 32, "output_embedding_size": 32},
     "roberta": DECODER,
     "roberta-prelayernorm": DECODER,
     "roc_bert": {**DECODER, "enable_pronunciation": False, "enable_shape": False},
     "roformer": {**DECODER, "embedding_size": 64},
-    "cohere_compass_text": {**FULL, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
-    "dbrx": {"n_heads": 4, "n_layers": 2, "max_seq_len": TRAINED, "attn_config": {"kv_n_heads": 2, "rope_theta": 500.0, "clip_qkv": 4.0},
-             "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
+    "cohere_compass_text": {
+        **FULL,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}},
+    },
+    "dbrx": {
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": TRAINED,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 500.0, "clip_qkv": 4.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {**FULL, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "blt": {"encoder_hash_byte_group_vocab": 97},
-    "reformer": {**DECODER, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "attention_head_size": 16,
-                 "attn_layers": ["local", "lsh"], "num_buckets": 4},
+    "reformer": {
+        **DECODER,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 48],
+        "attention_head_size": 16,
+        "attn_layers": ["local", "lsh"],
+        "num_buckets": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "xlstm": {"v_head_dim": DEFAULT, "head_dim": DEFAULT},
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention"] * 5 + ["hybrid"]},
