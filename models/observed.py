@@ -111,7 +111,7 @@ def observe(model: PreTrainedModel, takes_positions: bool) -> Observed:
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != TOKENS:
-            raise CheckpointError(f"{name} has layers whose cache is not of keys and values")
+            raise CheckpointError(f"{name} does not cache one key and one value for each token")
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     if not shapes:
         raise CheckpointError(f"{name} keeps no keys and values in its cache")

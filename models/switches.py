@@ -70,6 +70,7 @@ def rope_types(module: nn.Module) -> dict[str | None, str]:
 def thresholds(model: nn.Module) -> list[int]:
     """The lengths, in tokens, beyond which frequencies switch."""
     found = set()
+    module: Any
     for module in model.modules():
         rotary: Any = module
         for layer_type, kind in rope_types(module).items():

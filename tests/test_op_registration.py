@@ -43,7 +43,10 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "t5-float64": (ops.t5_relative_bias, (randn(2, 1, dtype=F64), positions(4, count=1), positions(0, count=1), 1)),
     "distance": (ops.distance_bias, (randn(3, 9), positions(4, 60, count=17), positions(0, 2, count=63), 63)),
     "distance-float16": (ops.distance_bias, (randn(3, 9, dtype=F16), positions(4, count=1), None, 63)),
-    "fire": (ops.fire_bias, fire_arguments()),
+    "fire": (
+        ops.fire_bias,
+        (positions(4, 60, count=5), positions(0, 2, count=17), randn(2), randn(8, 1), randn(8), randn(3, 8), randn(3)),
+    ),
     "t5-compact": (ops.t5_relative_bias, (randn(32, 3), positions(4, 60, count=1), None, 61)),
 }
 
