@@ -36,6 +36,7 @@ test-slow: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/encodings.py --readme README.md
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/bridge.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -197,9 +197,10 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     with _named(module):
         error = proof.error(run, module.target, module.caches, torch.float32)
     if not error <= PROOF_TOLERANCE:
+        counts = "" if module.takes_positions else "; it takes no position_ids, and may count from the cache's length"
         raise CheckpointError(
             f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of "
-            f"their spread"
+            f"their spread{counts}"
         )
     return proof
 
@@ -231,7 +232,7 @@ def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
 def untouched(
     model: PreTrainedModel, row: torch.Tensor, prompt: int, past: list[LayerCache], first: int = 0
 ) -> list[torch.Tensor]:
-    """transformers' own cached decode of one row: the logits of its prompt and of each step. first: its first position."""
+    """transformers' own cached decode of one row, its prompt and each step. first: its first position."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(past):
         cache.update(key, value, layer)

@@ -21,7 +21,9 @@ COUNTED = {"past_key_values_length", "position_ids"}
 
 
 def substitutions(model: nn.Module) -> Iterator[Substitution]:
-    """``forward`` of each table that can be given positions."""
+    """``forward`` of each table that can be given positions, of a model that takes none itself."""
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        return
     for module in model.modules():
         parameters = inspect.signature(type(module).forward).parameters
         if type(module).__name__.endswith("PositionalEmbedding") and parameters.keys() >= COUNTED:

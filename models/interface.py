@@ -25,7 +25,15 @@ from pe_onnx.models.masks import Mask
 IMPLEMENTATION = "pe_onnx"
 
 IRRELEVANT = frozenset(
-    {"position_ids", "position_embeddings", "use_cache", "cache_position", "output_attentions", "is_causal"}
+    {
+        "position_ids",
+        "position_embeddings",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "is_causal",
+        "logits_to_keep",
+    }
 )
 """Arguments of the attention interface that change nothing in a causal decoder at inference."""
 
@@ -122,7 +130,7 @@ def attend(
     (_, H, _, D), K, E = query.shape, key.shape[1], value.shape[-1]
     layer = cache.layer_of(key, value)
     cached_heads, size = cache.caches[layer]
-    if K != cached_heads:
+    if cached_heads != K:
         raise CheckpointError(f"{name} attends to {K} heads of keys, and caches {cached_heads}")
 
     def packed(x: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from pe_onnx.errors import CheckpointError
-
 
 COMPUTED = "its attention does not go through transformers' attention interface: it computes with the mask itself"
 
@@ -38,6 +38,9 @@ class Mask:
     def __radd__(self, scores: Any) -> Any:
         raise CheckpointError(COMPUTED)
 
+    def __getitem__(self, index: Any) -> Any:
+        raise CheckpointError(COMPUTED)
+
 
 def register(name: str) -> None:
     """Make transformers' mask functions return a Mask while ``name`` is the attention implementation."""
@@ -46,19 +49,19 @@ def register(name: str) -> None:
 
 def _make(*args: Any, mask_function: Callable[..., Any], **others: Any) -> Mask:
     """transformers' mask interface. Raises CheckpointError for a mask that is not understood."""
-    window, chunk, causal = -1, 0, True
-    for part in _parts(mask_function):
+    parts = _parts(mask_function)
+    windows: list[int] = []
+    chunks: list[int] = []
+    for part in parts:
         kind = part.__qualname__.partition(".")[0]
-        variables = _closure(part)
-        if kind == "sliding_window_overlay":
-            window = int(variables["sliding_window"])
-        elif kind == "chunked_overlay":
-            chunk = int(variables["chunk_size"])
-        elif part is bidirectional_mask_function:
-            causal = False
-        elif part is not causal_mask_function:
+        known = part.__module__ == masking_utils.__name__
+        if known and kind == "sliding_window_overlay":
+            windows.append(int(_closure(part)["sliding_window"]))
+        elif known and kind == "chunked_overlay" and not chunks:
+            chunks.append(int(_closure(part)["chunk_size"]))
+        elif part not in (causal_mask_function, bidirectional_mask_function):
             raise CheckpointError(f"its attention mask has a part {kind!r} that is not understood")
-    return Mask(window, chunk, causal)
+    return Mask(min(windows, default=-1), next(iter(chunks), 0), causal_mask_function in parts)
 
 
 def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:

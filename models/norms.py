@@ -41,6 +41,7 @@ def _proven(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if own != ["weight"] or weight is None or weight.dim() != 1 or not isinstance(eps, float):
         return None
     x = 3 * torch.randn(2, 3, weight.shape[0], generator=torch.Generator().manual_seed(0)) + 0.5
+    x[1] *= eps**0.5  # where eps is a good part of the divisor
     try:
         want = module(x)
     except Exception:  # another signature: not ours to replace

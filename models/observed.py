@@ -64,6 +64,7 @@ class _Tables(TorchFunctionMode):
     """Functions that look rows up, to the table, its axis and the index."""
 
     def _watch(self, table: Any, axis: int, index: Any) -> None:
+        index = index[0] if isinstance(index, tuple) and index else index
         if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
             return
         if index.dim() == 3:

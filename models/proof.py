@@ -20,6 +20,8 @@ from pe_onnx.models.attention import LayerCache
 PROMPT, STEPS = 24, 2
 BEYOND = 3
 """Tokens that the long past goes beyond the last window or switch."""
+PAST_BYTES = 4 << 30
+"""Of the long past in float32; where it would take more, the proof says that it leaves the trial out."""
 SLACK = 16
 """Slots behind a compact past: room for the new tokens and some unused, as a preallocated buffer has them."""
 
@@ -82,7 +84,9 @@ class Proof:
         rows = [tokens(prompt)] if alone or prompt < 4 else [tokens(prompt), tokens(prompt - 3)]
         self.trials = [Trial(rows, 0, [], [])]
         past = reach + BEYOND
-        if reach and (limit is None or past + 5 + STEPS <= limit):
+        fits = 4 * past * sum(K * (D + E) for K, D, E in shapes) <= PAST_BYTES
+        self.skipped = reach if reach and not fits else None
+        if reach and fits and (limit is None or past + 5 + STEPS <= limit):
             caches = [
                 (torch.randn(1, K, past, D, generator=generator), torch.randn(1, K, past, E, generator=generator))
                 for K, D, E in shapes
@@ -97,7 +101,8 @@ class Proof:
         """The trials in words."""
         rows = " and ".join(str(len(row)) for row in self.trials[0].rows)
         beyond = [f"{len(t.rows[0])} tokens behind {t.past}" for t in self.trials[1:]]
-        return " and ".join([f"rows of {rows} tokens", *beyond])
+        skipped = "" if self.skipped is None else f"; not past {self.skipped} tokens, whose cache takes too much memory"
+        return " and ".join([f"rows of {rows} tokens", *beyond]) + skipped
 
     @torch.no_grad()
     def error(self, run: Run, target: Target, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> float:
@@ -107,9 +112,9 @@ class Proof:
         """
         worst = 0.0
         for trial in self.trials:
+            pairs = zip((self.cached(*pair) for pair in trial.caches), sizes, strict=False)
             caches = [
-                tuple(_widened(x, D, dtype, target) for x in self.cached(*pair))
-                for pair, (_, D) in zip(trial.caches, sizes, strict=False)
+                (_widened(key, D, dtype, target), _widened(value, D, dtype, target)) for (key, value), (_, D) in pairs
             ]
             caches = caches or [(torch.zeros(len(trial.rows), K, 0, D, dtype=dtype),) * 2 for K, D in sizes]
             for i, feed in enumerate(_feeds(trial, target)):

@@ -64,12 +64,13 @@ READINGS = [
 
 @dataclass
 class Call:
-    """The arguments of one call by name: what is rotated, the tables, and the rest."""
+    """The arguments of one call by name: what is rotated, the tables, the rest, and the tensors of the rest."""
 
     rotated: dict[str, torch.Tensor]
     cos: torch.Tensor
     sin: torch.Tensor
     rest: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def heads_axis(self) -> int:
@@ -94,7 +95,8 @@ class Rotary:
         rotated = {name: values.pop(name) for name in ROTATED if isinstance(values.get(name), torch.Tensor)}
         if cos is None or sin is None or not rotated or cos.dim() != 3:
             return None
-        return Call(rotated, cos, sin, {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)})
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return Call(rotated, cos, sin, {name: x for name, x in values.items() if name not in tensors}, tensors)
 
 
 def find(model: nn.Module) -> list[Rotary]:
@@ -155,7 +157,7 @@ def _agrees(rotary: Rotary, reading: Reading, call: Call) -> bool:
     random = {name: torch.randn(x.shape, generator=generator, dtype=x.dtype) for name, x in call.rotated.items()}
     trial = Call(random, call.cos, call.sin, call.rest)
     try:
-        want = rotary.original(**random, cos=call.cos, sin=call.sin, **call.rest)
+        want = rotary.original(**random, cos=call.cos, sin=call.sin, **call.rest, **call.tensors)
         have = _rotate(reading, trial)
     except Exception:  # another layout of the tables: not this reading
         return False

@@ -38,7 +38,7 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReferenc
         config = DecoderConfig.from_dict(source["config"])
         decoder, name = Decoder(config), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
         if decoder.encoding.path_dependent:
-            return CachedReference(lambda: _plain_with_cache(decoder)), f"{name}, run by run"
+            return CachedReference(lambda: plain_with_cache(decoder)), f"{name}, run by run"
         return from_module(PlainDecoder(decoder)), name
     if source["kind"] == "checkpoint":
         path = Path(source["path"])
@@ -136,7 +136,7 @@ class CachedReference:
         return [torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32) for parts in logits]
 
 
-def _plain_with_cache(decoder: Decoder) -> Forward:
+def plain_with_cache(decoder: Decoder) -> Forward:
     """Our own decoder by the plain formula; keys stay as they were rotated."""
     past: Sequence[LayerCache] = ()
 

@@ -29,6 +29,8 @@ PAST_TRAINED = 20
 
 Array = np.ndarray[Any, Any]
 
+torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+
 
 @dataclass
 class Exported:

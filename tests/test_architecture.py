@@ -13,7 +13,7 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "families", "tolerance"),
+    ("discovery", "config", "contract", "tolerance"),
     ("bundle",),
     ("session",),
     ("custom_ops",),

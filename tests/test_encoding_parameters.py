@@ -69,7 +69,7 @@ def test_a_parameter_changes_the_numbers() -> None:
     assert (encoding("rope", theta=20_000.0).tables(FAR)[0] - base.tables(FAR)[0]).abs().max() > 0.1
     assert encoding("rope", rotary_dim=8).tables(FAR)[0].shape[-1] == 4
     x = torch.randn(1, FAR.shape[1], 64, generator=torch.Generator().manual_seed(0))
-    turned = [encoding("rope", interleaved=i).rotate(x, base.tables(FAR), 4) for i in (False, True)]
+    turned = [encoding("rope", interleaved=i).rotate(x, x, base.tables(FAR))[0] for i in (False, True)]
     assert (turned[0] - turned[1]).abs().max() > 0.1
 
 

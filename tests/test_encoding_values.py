@@ -103,7 +103,8 @@ def test_partial_rotary_leaves_the_rest_untouched(rotary_dim: int, interleaved: 
     made = encoding("rope", rotary_dim=rotary_dim, interleaved=interleaved)
     x = torch.randn(2, 17, 4 * 16, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(1, 18).repeat(2, 1)
-    got = made.rotate(x, made.tables(positions), 4).unflatten(-1, (4, 16))
+    got, key = (y.unflatten(-1, (4, 16)) for y in made.rotate(x, x, made.tables(positions)))
+    torch.testing.assert_close(key, got, rtol=0, atol=0)
     given = x.unflatten(-1, (4, 16))
     torch.testing.assert_close(got[..., rotary_dim:], given[..., rotary_dim:], rtol=0, atol=0)
     for i in range(rotary_dim // 2):  # as a product of complex numbers
@@ -118,8 +119,8 @@ def test_rope_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 1, 17, 16)
 
     def scores(start: int) -> torch.Tensor:
-        tables = made.tables(start + torch.arange(17)[None])
-        return made.rotate(q, tables, 1)[0] @ made.rotate(k, tables, 1)[0].T
+        query, key = made.rotate(q, k, made.tables(start + torch.arange(17)[None]))
+        return query[0] @ key[0].T
 
     torch.testing.assert_close(scores(0), scores(12_345), rtol=0, atol=1e-4)
     assert (scores(0)[:, 0] - scores(0)[:, 1]).abs().max() > 0.1
@@ -185,8 +186,9 @@ def test_t5_bias_is_the_weight_of_the_bucket(n: int, m: int) -> None:
     torch.testing.assert_close(made.bias(queries, None, 63), want, rtol=0, atol=0)
 
 
-def test_only_a_learned_table_limits_the_length() -> None:
-    assert {name for name in ENCODINGS if encoding(name).max_length is not None} == {"learned"}
+def test_only_tables_and_xpos_limit_the_length() -> None:
+    limited = {name for name in ENCODINGS if encoding(name).max_length is not None}
+    assert limited == {"learned", "learned_offset", "xpos"}
 
 
 def test_none_has_no_hook() -> None:

@@ -133,7 +133,7 @@ def test_switched_off_fails(encoding: str, tmp_path: Path) -> None:
     def off(patch: pytest.MonkeyPatch) -> None:
         for cls in (Learned, Sinusoidal):
             patch.setattr(cls, "embed", lambda self, p: torch.zeros(*p.shape, 64))
-        patch.setattr(Rope, "rotate", lambda self, x, tables, heads: x)
+        patch.setattr(Rope, "rotate", lambda self, q, k, tables: (q, k))
         for cls in (Alibi, T5Bias):
             original = cls.bias
             patch.setattr(cls, "bias", lambda self, *args, f=original: f(self, *args) * 0)
@@ -151,9 +151,9 @@ def test_positions_shifted_by_one_fail(encoding: str, tmp_path: Path) -> None:
         for cls in (Learned, Sinusoidal):
             original = cls.embed
             patch.setattr(cls, "embed", lambda self, p, f=original: f(self, p + 1))
-        tables, rotate = Rope.tables, Rope.rotate
+        tables = Rope.tables
         patch.setattr(Rope, "tables", lambda self, p: (*tables(self, p), *tables(self, p + 1)))
-        patch.setattr(Rope, "rotate", lambda self, x, t, heads: rotate(self, x, t[2:] if heads == 4 else t[:2], heads))
+        patch.setattr(Rope, "rotate", lambda self, q, k, t: (self.turn(q, t[2:]), self.turn(k, t[:2])))
         for cls in (Alibi, T5Bias):
             bias = cls.bias
             patch.setattr(cls, "bias", lambda self, q, k, n, f=bias: f(self, q + 1, k, n))

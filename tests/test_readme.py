@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -49,4 +50,15 @@ def test_the_table_lists_every_parameter() -> None:
             for x in vars(module).values()
             if isinstance(x, type) and issubclass(x, PositionalEncoding) and x.__module__ == module.__name__
         )
+        cell = cell.replace("*RoPE's*", "`theta`, `interleaved`, `rotary_dim`")
         assert re.findall(r"`(\w+)`", cell) == list(declared_parameters(cls))
+
+
+FAMILIES = "pe-onnx list --models --encodings --markdown"
+
+
+def test_the_families_are_those_of_the_command(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Written by ``python tests/sweep.py --readme``."""
+    text = README.read_text("utf-8")
+    section = text.split(f"<!-- {FAMILIES} -->\n")[1].split("<!-- end -->")[0]
+    assert section == cli(*FAMILIES.split()[1:]).stdout

@@ -1,6 +1,6 @@
 """A tiny model of every family that transformers has: two layers or so, weights drawn so that positions matter.
 
-``SIZES`` are set where a family's configuration has the name; ``FAMILIES`` adds what else it needs to be small, or to be
+``SIZES`` are set where a configuration has the name; ``FAMILIES`` adds what else a family needs to be small, or to be
 of use (a window that is reached, layers of each kind). A value of ``DEFAULT`` leaves the family's own.
 """
 
@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "n_positions": TRAINED,
     "d_model": 64,
     "ffn_dim": 96,
-    "encoder_layers": 1,
+    "encoder_layers": 2,
     "encoder_ffn_dim": 96,
     "encoder_attention_heads": 4,
     "decoder_layers": 2,
@@ -170,7 +170,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "n_layers": 2,
         "max_seq_len": TRAINED,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 500.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 500.0, "clip_qkv": 4.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {**FULL, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -178,7 +178,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "reformer": DECODER,
+    "blt": {"encoder_hash_byte_group_vocab": 97},
+    "reformer": {
+        **DECODER,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 48],
+        "attention_head_size": 16,
+        "attn_layers": ["local", "lsh"],
+        "num_buckets": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "xlstm": {"v_head_dim": DEFAULT, "head_dim": DEFAULT},
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention"] * 5 + ["hybrid"]},

@@ -4,8 +4,8 @@
 
     scale = log(1 + floor((position + 1) / floor_scale)) attn_scale + 1
 
-Here the scale is on ``q_proj``, by the step's own positions: a padded row computes what it does alone, which transformers'
-does not.
+Here the scale is on ``q_proj``, by the step's own positions: a padded row computes what it does alone, which
+transformers' does not.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ENCODING = "rope"
 READING = Reading(interleaved=True, layout="not repeated", sign=1)
 
 
-def substitutions(model: nn.Module) -> Iterator[Substitution]:
+def substitutions(model: Any) -> Iterator[Substitution]:
     """The table, which is left unread where it was read, and ``forward`` of each self-attention."""
     for encoder in model.modules():
         if type(encoder).__name__ == "RoFormerEncoder":

@@ -1,4 +1,4 @@
-"""XGLM adds a sinusoidal vector of any length to the embedding, at the position plus 2, and computes its attention itself.
+"""XGLM adds a sinusoidal vector of any length to the embedding, at the position plus 2; its attention is its own.
 
 transformers 5.23 makes its table longer when a sequence is; here the row is computed from the position::
 
@@ -25,7 +25,7 @@ ENDLESS = True
 """No table limits the length."""
 
 
-def substitutions(model: nn.Module) -> Iterator[Substitution]:
+def substitutions(model: Any) -> Iterator[Substitution]:
     """The table and the attention of each layer. Raises CheckpointError for a decoder with cross-attention."""
     if model.config.add_cross_attention:
         raise CheckpointError("XGLM with add_cross_attention = true attends to an encoder's output; decoders only")

@@ -1,13 +1,12 @@
-"""ALiBi as MPT defines it: slopes of the next greater power of two, every other one of them first.
+"""ALiBi as MPT defines it: slopes of the next greater power of two, and their range a parameter.
 
-MosaicML 2023 (``gen_slopes``); transformers 5.23 ``mpt.build_mpt_alibi_tensor``. Any head count. For a power of two the
-slopes are ALiBi's own, for other counts the heads have them in another order::
+MosaicML 2023 (``gen_slopes``); transformers 5.23 ``mpt.build_mpt_alibi_tensor``. Any head count::
 
     n = the least power of two >= H        s[k] = 2^(-alibi_bias_max (k + 1) / n)
     slopes = s                                                  where n = H
              s[1], s[3], ..., s[0], s[2], ..., the first H      otherwise
 
-transformers 5.23 ignores a config's ``alibi_bias_max`` and takes 8.
+With 8 these are ALiBi's own slopes, in its order. transformers 5.23 ignores a config's ``alibi_bias_max`` and takes 8.
 """
 
 from __future__ import annotations
