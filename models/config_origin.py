@@ -138,10 +138,14 @@ class Origins:
     def _is_of_no_layer(self, path: Path) -> bool:
         """Whether it is about a type of layers that this model has none of."""
         types = self.resolved.get(("layer_types",)) or ()
-        word = OF_LAYERS.get(path[-1])
-        if word is not None:
-            return bool(types) and not any(word in name for name in types)
-        return len(path) > 2 and path[1] in ALLOWED_LAYER_TYPES and path[1] not in types
+
+        def of_none(leaf: Path) -> bool:
+            word = OF_LAYERS.get(leaf[-1])
+            if word is not None:
+                return bool(types) and not any(word in name for name in types)
+            return len(leaf) > 2 and leaf[1] in ALLOWED_LAYER_TYPES and leaf[1] not in types
+
+        return all(of_none(leaf) for leaf in (self.changed[path] - {path} or {path}))
 
     def _changes(self, raw: Mapping[str, Any], path: Path, value: Any) -> set[Path]:
         """Resolved leaves that are others when ``path`` has another value."""
