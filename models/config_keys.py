@@ -46,12 +46,16 @@ SWITCHED_OFF_BY = {
 OF_LAYERS = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
 """Keys without a meaning where ``layer_types`` has no such layers."""
 
+GENERIC = frozenset({*PreTrainedConfig().to_dict(), "_name_or_path", "model_type", "output_attentions"})
+"""Keys of every configuration, and so of each part of one."""
+
 Path = tuple[str, ...]
 
 
 def bears(path: Path) -> bool:
     """Whether the leaf at ``path`` is about positions or attention."""
-    return any(BEARS.search(key) for key in path) and not any(BEARS_NOT.search(key) for key in path)
+    bears = any(BEARS.search(key) for key in path) and not any(BEARS_NOT.search(key) for key in path)
+    return bears and path[-1] not in GENERIC
 
 
 def leaves(values: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -130,9 +134,12 @@ KINDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
     for pattern, kind in (
         (
             r"alibi|use_alibi|rope_interleaved?|attention_bias|qkv_bias|use_sliding_window|use_qk_norm|qk_layernorm",
-            FLAG,
+            FLAG_OR_NULL,
         ),
-        (r"multi_query|new_decoder_architecture|attn_temperature_tuning|scale_attn.*|reorder_and_upcast_attn", FLAG),
+        (
+            r"multi_query|new_decoder_architecture|attn_temperature_tuning|scale_attn.*|reorder_and_upcast_attn",
+            FLAG_OR_NULL,
+        ),
         (r"rope_parameters|rope_scaling|attn_config", TREE_OR_NULL),
         (r"(num_)?(attention_|n_)?heads?|num_.*_heads|n_heads?|encoder_.*heads|decoder_.*heads", COUNT_OR_NULL),
         (r"(num_|n_)(.*_)?kv_heads|n_head_kv|num_query_groups", COUNT_OR_NULL),

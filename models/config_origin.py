@@ -47,6 +47,9 @@ class Origins:
         self._resolve = lambda text: resolve(put(raw, prefix, text))
         self.raw: Mapping[str, Any] = raw[prefix[0]] if prefix else raw
         self.resolved = self._resolve(self.raw)
+        stray = {key for key in self.raw if not self.is_known(key)}
+        with contextlib.suppress(Exception):  # the class may set some of them itself
+            self.known |= {path[0] for path in self._resolve({k: v for k, v in self.raw.items() if k not in stray})}
         plain = resolve(raw, edited=False)
         self.commanded = {path for path, value in self.resolved.items() if value != plain.get(path, self)}
         self.changed = {
@@ -100,7 +103,7 @@ class Origins:
             self._repeats(path, value, reads)
             or self._is_default(path)
             or self._is_of_no_layer(path)
-            or self._is_superseded(path, value)
+            or self._is_superseded(path, value, reads)
         )
 
     def _repeats(self, path: Path, value: Any, reads: Reads) -> bool:
@@ -110,12 +113,14 @@ class Origins:
         return any(p[-1] == name and v == value and reads.includes(self.config, p) for p, v in self.resolved.items())
 
     def _is_default(self, path: Path) -> bool:
+        if not self.changed[path]:  # not even a copy of it is kept
+            return False
         try:
             return self._resolve(put(self.raw, path)) == self.resolved
         except Exception:  # it cannot be left out
             return False
 
-    def _is_superseded(self, path: Path, value: Any) -> bool:
+    def _is_superseded(self, path: Path, value: Any, reads: Reads) -> bool:
         """Whether another key says the same as ``path``, from which transformers would make that key's values."""
         for key, held in self.raw.items():
             if key != path[0] and isinstance(held, list | dict) and config_keys.bears((key,)):
@@ -123,6 +128,7 @@ class Origins:
                 try:
                     made = self._resolve(rest)
                     effects = {p for p in self._changes(rest, path, value) if p[0] == key}
+                    effects = {p for p in effects if reads.includes(self.config, p)}
                 except Exception:
                     continue
                 if effects:
@@ -132,28 +138,33 @@ class Origins:
     def _is_of_no_layer(self, path: Path) -> bool:
         """Whether it is about a type of layers that this model has none of."""
         types = self.resolved.get(("layer_types",)) or ()
-        word = OF_LAYERS.get(path[-1])
-        if word is not None:
-            return bool(types) and not any(word in name for name in types)
-        return len(path) > 2 and path[1] in ALLOWED_LAYER_TYPES and path[1] not in types
+
+        def of_none(leaf: Path) -> bool:
+            word = OF_LAYERS.get(leaf[-1])
+            if word is not None:
+                return bool(types) and not any(word in name for name in types)
+            return len(leaf) > 2 and leaf[1] in ALLOWED_LAYER_TYPES and leaf[1] not in types
+
+        return all(of_none(leaf) for leaf in (self.changed[path] - {path} or {path}))
 
     def _changes(self, raw: Mapping[str, Any], path: Path, value: Any) -> set[Path]:
         """Resolved leaves that are others when ``path`` has another value."""
         before = self.resolved if raw is self.raw else self._resolve(raw)
-        for other in (*others(value), None):
-            try:
+        effects: set[Path] = set()
+        made = False
+        for other in others(value):
+            with contextlib.suppress(Exception):  # what would be refused is read, and tells no more
                 after = self._resolve(put(raw, path, other))
-            except Exception:  # it is read: another value would be refused
-                continue
-            return {p for p in before.keys() | after.keys() if before.get(p, self) != after.get(p, self)}
-        return {p for p in before if p[-1] == path[-1]}
+                effects |= {p for p in before.keys() | after.keys() if before.get(p, self) != after.get(p, self)}
+                made = True
+        return effects if made else {p for p in before if p[-1] == path[-1]}
 
 
 def others(value: Any) -> list[Any]:
     """Values of the same kind that are not ``value``, the likeliest to be accepted first."""
     made: dict[type, Callable[[Any], list[Any]]] = {
         bool: lambda v: [not v],
-        int: lambda v: [v * 2, v + 1, v + 2],
+        int: lambda v: [v * 2, v + 1, v - 1],
         float: lambda v: [v * 2, v / 2, v + 1],
         str: lambda v: [v + "x"],
         list: lambda v: [[others(item)[0] if others(item) else item for item in v], v[::-1], v[:-1]],

@@ -51,7 +51,11 @@ class _Tables(TorchFunctionMode):
 
     LOOKUPS: ClassVar[dict[Any, Callable[..., tuple[Any, int, Any]]]] = {
         F.embedding: lambda input, weight, *_, **__: (weight, 0, input),
-        torch.Tensor.__getitem__: lambda table, index: (table, 0, index),
+        torch.Tensor.__getitem__: lambda table, index: (
+            table,
+            0,
+            index[0] if isinstance(index, tuple) and index else index,
+        ),
         **dict.fromkeys(
             (torch.gather, torch.Tensor.gather, torch.index_select, torch.Tensor.index_select),
             lambda input, dim, index, **_: (input, dim, index),

@@ -1,123 +1,263 @@
-"""Keys about positions in a checkpoint's config.json: read with their origin, or refused by name."""
+"""Keys about positions and attention in a config.json: listed with value and origin, or refused by name."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+import numpy as np
+import onnxruntime
 import pytest
 import torch
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from checkpoints import TRAINED, VOCAB, Edit
+from conftest import Cli
 
-import pe_onnx
-from pe_onnx.errors import CheckpointError, ConfigError
-from pe_onnx.models.attention import cached_step
-from pe_onnx.models.encoding_config import read_encoding
+from pe_onnx.errors import CheckpointError
+from pe_onnx.exporter import silenced
+from pe_onnx.models import checkpoint
+from pe_onnx.models.encoding_config import DEFAULT, Encoding
 
-
-def llama(**config: Any) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=40, **config))
-
-
+FILE = "config.json"
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 64}
+LAYERED = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 900.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}
+MPT = {"d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": TRAINED, "vocab_size": VOCAB}
+
+Read = Callable[..., Encoding]
 
 
-def test_origins_tell_the_file_from_the_default() -> None:
-    model = llama(rope_parameters=YARN)
-    name, parameters, limit = read_encoding(model, {"rope_parameters": YARN})
-    assert (name, limit) == ("rope", None)
-    assert parameters["rope_theta"] == {"value": 5e5, "origin": "config.json"}
-    assert parameters["factor"]["origin"] == "config.json"
-    plain = read_encoding(llama(), {})[1]
-    assert plain["rope_theta"] == {"value": 10000.0, "origin": "transformers' default"}
-    old = read_encoding(llama(), {"rope_theta": 10000.0, "rope_scaling": None})[1]
-    assert old["rope_theta"]["origin"] == "config.json"
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """``read("llama", {"rope_theta": 9.0}, rope_parameters=...)``: a checkpoint of that configuration, whose
+    config.json is then updated, or edited by a function."""
+
+    def made(
+        model_type: str, edit: dict[str, Any] | Edit | None = None, follow: bool = False, **config: Any
+    ) -> Encoding:
+        def change(values: dict[str, Any]) -> None:
+            if isinstance(edit, dict):
+                values.update(edit)
+            elif edit is not None:
+                edit(values)
+
+        with silenced():
+            checkpoints.write(tmp_path / "c", model_type, change, **config)
+            return checkpoint.load(tmp_path / "c", follow=follow).encoding
+
+    return made
 
 
-def test_gpt2_has_a_hard_limit() -> None:
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=48)
-    name, parameters, limit = read_encoding(GPT2LMHeadModel(config), {"n_positions": 48})
-    assert (name, limit) == ("learned", 48)
-    assert parameters["max_position_embeddings"] == {"value": 48, "origin": "config.json"}
+def value(read: Encoding, name: str) -> tuple[Any, str]:
+    entry = read.parameters[name]
+    return entry["value"], entry["origin"]
+
+
+def test_origins_tell_the_file_from_the_default(read: Read) -> None:
+    encoding = read("llama", rope_parameters=YARN)
+    assert encoding.name == "rope"
+    assert value(encoding, "rope_theta") == (5e5, FILE)
+    assert value(encoding, "original_max_position_embeddings") == (64, FILE)
+    assert value(encoding, "beta_fast") == (32, DEFAULT)
+    assert value(encoding, "truncate") == (True, DEFAULT)
+    factor, origin = value(encoding, "attention_factor")
+    assert (round(factor, 4), origin) == (1.1386, DEFAULT)
+    assert value(encoding, "num_key_value_heads") == (2, FILE)
+
+
+def test_a_default_that_the_file_does_not_name(read: Read) -> None:
+    encoding = read("llama", lambda values: values.pop("rope_parameters"))
+    assert value(encoding, "rope_theta") == (10000.0, DEFAULT)
+    assert value(encoding, "rope_type") == ("default", DEFAULT)
+
+
+def old_spelling(values: dict[str, Any]) -> None:
+    del values["rope_parameters"]
+    values.update(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0})
+
+
+def test_the_old_spelling_is_the_files_too(read: Read) -> None:
+    encoding = read("llama", old_spelling)
+    assert {name: value(encoding, name) for name in ("rope_theta", "rope_type", "factor")} == {
+        "rope_theta": (5e5, FILE),
+        "rope_type": ("linear", FILE),
+        "factor": (4.0, FILE),
+    }
+
+
+def older_neox(values: dict[str, Any]) -> None:
+    del values["rope_parameters"]
+    values.update(rotary_pct=0.5, rotary_emb_base=300)
+
+
+def test_spellings_of_one_family(read: Read) -> None:
+    encoding = read("gpt_neox", older_neox)
+    assert value(encoding, "partial_rotary_factor") == (0.5, FILE)
+    assert value(encoding, "rope_theta") == (300, FILE)
+
+
+def older_gemma3(values: dict[str, Any]) -> None:
+    del values["rope_parameters"]
+    values.update(rope_theta=900.0, rope_local_base_freq=300.0, rope_scaling={"rope_type": "linear", "factor": 4.0})
+
+
+@pytest.mark.parametrize("edit", [None, older_gemma3])
+def test_nested_by_layer_type(edit: Edit | None, read: Read) -> None:
+    types = ["sliding_attention", "full_attention"]
+    encoding = read("gemma3_text", edit, rope_parameters=LAYERED, layer_types=types, sliding_window=30)
+    assert value(encoding, "rope_parameters.full_attention.rope_theta") == (900.0, FILE)
+    assert value(encoding, "rope_parameters.full_attention.factor") == (4.0, FILE)
+    assert value(encoding, "rope_parameters.sliding_attention.rope_theta") == (300.0, FILE)
+    assert value(encoding, "sliding_window") == (30, FILE)
+    assert value(encoding, "layer_types") == (types, FILE)
 
 
 @pytest.mark.parametrize(
-    ("raw", "word"),
+    ("model_type", "config", "name"),
     [
-        ({"alibi": True}, "'alibi'"),
-        ({"no_rope_layers": [0]}, "'no_rope_layers'"),
-        ({"position_embedding_type": "relative_key"}, "'position_embedding_type'"),
-        ({"rotary_dim": 8}, "'rotary_dim'"),
-        ({"sliding_window": 16}, "'sliding_window'"),
+        ("gpt2", {}, "learned"),
+        ("opt", {"word_embed_proj_dim": 64}, "learned"),
+        ("ctrl", {"n_embd": 64, "n_layer": 1, "n_head": 4, "dff": 96, "n_positions": TRAINED}, "sinusoidal"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "rope"),
+        ("mpt", MPT, "alibi"),
     ],
 )
-def test_a_key_that_nothing_reads_is_refused(raw: dict[str, Any], word: str) -> None:
-    with pytest.raises(CheckpointError, match=word):
-        read_encoding(llama(), raw)
-
-
-def test_a_key_that_is_switched_off_is_let_through() -> None:
-    assert read_encoding(llama(), {"rope_interleaved": False, "alibi": None})[0] == "rope"
-
-
-def test_a_misspelt_scaling_key_is_refused_with_the_nearest() -> None:
-    model = llama(rope_parameters={**YARN, "beta_fst": 8})
-    with pytest.raises(CheckpointError, match=r"'beta_fst'.*did you mean 'beta_fast'"):
-        read_encoding(model, {})
-    with pytest.raises(CheckpointError, match="nothing reads 'factor' for rope_type 'default'"):
-        read_encoding(llama(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}), {})
-
-
-class Own(nn.Module):
-    """A module of a user's for one target."""
-
-    def __init__(self, target: str) -> None:
-        super().__init__()
-        self.target = target
-        self.embedding, self.head = nn.Embedding(16, 32), nn.Linear(32, 16)
-
-    def forward(self, input_ids, attention_mask, position_ids, past_key_values):  # type: ignore[no-untyped-def]
-        step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
-        x = self.embedding(input_ids)
-        x = x + step.attend(0, x, x, x, num_heads=2, kv_heads=2, scale=0.25)
-        return self.head(x), step.presents
-
-
-SIZES = {"layers": 1, "kv_heads": 2, "head_size": 16}
-
-
-@pytest.mark.parametrize(("target", "other"), [("ort", "portable"), ("portable", "ort")])
-def test_a_module_for_the_other_target_is_refused(target: str, other: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"which is for target '{target}'"):
-        pe_onnx.export(Own(target), tmp_path / "b", target=other, **SIZES)
-    assert not (tmp_path / "b").exists()
-
-
-def test_half_precision_leaves_the_callers_module_alone(tmp_path: Path) -> None:
-    module = Own("ort").train()
-    pe_onnx.export(module, tmp_path / "b", dtype="fp16", **SIZES)
-    assert module.head.weight.dtype == torch.float32
-    assert len(pe_onnx.load(tmp_path / "b").generate([1, 2, 3], 5).tokens) == 5
-
-
-def test_a_weight_beyond_float16_is_refused(tmp_path: Path) -> None:
-    module = Own("ort")
-    nn.init.constant_(module.head.weight, 1e5)
-    with pytest.raises(ConfigError, match=r"cannot hold module.head.weight: its greatest weight is 1e\+05"):
-        pe_onnx.export(module, tmp_path / "b", dtype="fp16", **SIZES)
+def test_what_the_encoding_is_called(model_type: str, config: dict[str, Any], name: str, read: Read) -> None:
+    assert read(model_type, **config).name == name
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("edit", "word"),
     [
-        lambda out: pe_onnx.export(encoding="none", layers=7, output=out),
-        lambda out: pe_onnx.export(model="x", preset="tiny", output=out),
-        lambda out: pe_onnx.export(Own("ort"), out, config={"norm": "layer"}, **SIZES),
+        ({"alibi": True}, "alibi = true"),
+        ({"no_rope_layers": [0, 1]}, r"no_rope_layers = \[0, 1\]"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"rotary_dim": 8}, "rotary_dim"),
+        ({"sliding_window": 16}, "sliding_window"),
+        (
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor",
+        ),  # Llama reads it for its scalings, not for plain RoPE
+        ({"rope_theta": 77.0}, "rope_theta = 77.0"),  # beside rope_parameters, which has another
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"rope_thetta": 500.0}, "rope_thetta.*did you mean 'rope_theta'|rope_thetta"),
+        ({"hed_dim": 16}, "hed_dim.*did you mean 'head_dim'"),
+        ({"num_atention_heads": 4}, "num_atention_heads.*did you mean 'num_attention_heads'"),
     ],
 )
-def test_an_argument_of_another_kind_is_refused(call: Callable[[Path], Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is for"):
-        call(tmp_path / "b")
+def test_a_key_that_nothing_reads_is_refused(edit: dict[str, Any], word: str, read: Read) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json: nothing in llama reads {word}"):
+        read("llama", edit)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "edit", "config"),
+    [
+        ("llama", {"rope_interleaved": False, "alibi": None, "sliding_window": None}, {}),
+        ("llama", {"rope_theta": 5e5}, {"rope_parameters": YARN}),  # said twice
+        ("llama", {"attention_dropout": 0.1, "use_flash_attn": True, "_attn_implementation": "eager"}, {}),
+        ("gpt2", {"n_ctx": TRAINED}, {}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1}, {}),
+        ("qwen2", {"max_window_layers": 2}, {"use_sliding_window": True, "sliding_window": 9}),  # as layer_types say
+    ],
+)
+def test_a_key_that_makes_no_difference_is_let_through(
+    model_type: str, edit: dict[str, Any], config: dict[str, Any], read: Read
+) -> None:
+    assert not read(model_type, edit, **config).ignored
+
+
+def test_a_count_that_contradicts_the_list_made_of_it_is_refused(read: Read) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    assert value(read("qwen2", **window), "max_window_layers") == (1, FILE)
+    with pytest.raises(CheckpointError, match="reads max_window_layers = 0"):
+        read("qwen2", {"max_window_layers": 0}, **window)
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({**YARN, "beta_fst": 8}, r"rope_parameters.beta_fst = 8 .*did you mean 'beta_fast'"),
+        (
+            {"rope_type": "default", "rope_theta": 1e4, "factor": 4.0},
+            r"rope_parameters.factor = 4.0 for rope_type 'default'",
+        ),
+        ({**YARN, "low_freq_factor": 1.0}, "low_freq_factor"),
+        ({"rope_type": "yarm", "rope_theta": 1e4}, "'yarm'|\"yarm\" is not known .*did you mean 'yarn'"),
+        ({**YARN, "beta_fast": 1, "beta_slow": 2}, "beta_fast = 1 must be greater than beta_slow = 2"),
+        ({**YARN, "factor": 0.5}, "rope_parameters.factor = 0.5 must be a number from 1 or null"),
+        ({**YARN, "truncate": None}, "rope_parameters.truncate = null must be true or false"),
+        ({**YARN, "rope_theta": -1}, "rope_parameters.rope_theta = -1 must be a number above 1"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": None}, "factor = null must be a number from 1"),
+    ],
+)
+def test_rope_parameters_that_are_wrong(rope: dict[str, Any], says: str, read: Read) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        read("llama", {"rope_parameters": rope})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "edit", "says"),
+    [
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 must divide num_attention_heads = 4"),
+        ("llama", {"head_dim": 32}, r"weights of another shape: .*head_dim = 32"),
+        ("mistral", {"sliding_window": -5}, "sliding_window = -5 must be an integer from 0 or null"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers = \[1, 2\] must be a list of 0 and 1"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries and must have one for each of the 2 layers"),
+        ("llama", {"max_position_embeddings": 0}, "max_position_embeddings = 0 must be a positive integer"),
+        (
+            "gemma2",
+            {"attn_logit_softcapping": "much"},
+            'attn_logit_softcapping = "much" must be a positive number or null',
+        ),
+    ],
+)
+def test_values_that_are_wrong(model_type: str, edit: dict[str, Any], says: str, read: Read) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        read(model_type, edit)
+
+
+OLMO3 = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 900.0}}
+
+
+def mpt_bias(values: dict[str, Any]) -> None:
+    values["attn_config"]["alibi_bias_max"] = 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "edit", "config", "ignored"),
+    [
+        ("mpt", mpt_bias, MPT, {"attn_config.alibi_bias_max": 4}),
+        ("olmo3", OLMO3, {}, {f"rope_parameters.{key}": value for key, value in OLMO3["rope_parameters"].items()}),
+    ],
+)
+def test_what_transformers_ignores_is_refused_or_followed(
+    model_type: str, edit: Any, config: dict[str, Any], ignored: dict[str, Any], read: Read, tmp_path: Path, cli: Cli
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"nothing in {model_type} reads {next(iter(ignored))}.*--follow-transf"):
+        read(model_type, edit, **config)
+    assert read(model_type, edit, follow=True, **config).ignored == ignored
+    export = ("export", "--model", tmp_path / "c", "-o", tmp_path / "b", "--target", "portable")
+    refused, followed = cli(*export), cli(*export, "--follow-transformers")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert followed.returncode == 0
+    lines = followed.stderr.splitlines()
+    for name, number in zip(ignored, lines[:-1], strict=True):
+        assert number.startswith(f"pe-onnx: warning: transformers ignores {name} = ")
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert manifest["encoding"]["ignored"] == ignored
+    with silenced():
+        model = checkpoints.oracle(tmp_path / "c")
+    ids = np.random.default_rng(0).integers(0, VOCAB, (1, 40))
+    session = onnxruntime.InferenceSession(str(tmp_path / "b" / "model.onnx"))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(40)[None]}
+    past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[3:]}
+    have = session.run(["logits"], {**feeds, **past})[0]
+    with torch.no_grad():
+        want = model(input_ids=torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(have - want).max() <= 5e-5 * want.std()

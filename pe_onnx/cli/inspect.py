@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import click
@@ -62,7 +63,9 @@ def command(bundle: str, as_json: bool) -> None:
 
     encoding = table(f"encoding {m['encoding']['name']}", "parameter", "value", "origin")
     for name, entry in m["encoding"]["parameters"].items():
-        encoding.add_row(name, str(entry["value"]), entry["origin"])
+        encoding.add_row(name, _shown(entry["value"]), entry["origin"])
+    for name, value in m["encoding"].get("ignored", {}).items():
+        encoding.add_row(name, _shown(value), "ignored, as transformers ignores it")
     if not m["encoding"]["parameters"]:
         encoding.add_row("none", "", "")
     console.print(encoding)
@@ -92,6 +95,16 @@ def _source(source: dict[str, Any]) -> str:
     if source["kind"] == "checkpoint":
         return f"{source['model_type']} checkpoint {source['path']}"
     return f"module {source['class']}"
+
+
+def _shown(value: Any) -> str:
+    """Lists by their runs: ``5 x sliding_attention, full_attention``; of long ones the beginning."""
+    if not isinstance(value, list):
+        return str(value)
+    runs = [(item, len(list(run))) for item, run in groupby(value)]
+    texts = [f"{length} x {item}" if length > 1 else str(item) for item, length in runs]
+    more = f", ... ({len(value)})" if len(texts) > 12 else ""
+    return ", ".join(texts[:12]) + more
 
 
 def _folded(shapes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
