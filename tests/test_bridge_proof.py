@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -195,13 +195,13 @@ class TestAWindowOf4096:
     """The trial behind a long past reaches it with a few tokens of forward."""
 
     @pytest.fixture(scope="class")
-    def wide(self) -> Iterator[tuple[BridgedDecoder, Observed, list[int]]]:
+    def wide(self) -> tuple[BridgedDecoder, Observed, list[int]]:
         """The bridge of Mistral, and the tokens of every run of its untouched or bridged model."""
         model = tiny_models.build("mistral", sliding_window=4096, num_hidden_layers=1)
         tokens: list[int] = []
         model.model.embed_tokens.register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
         module, observed, _ = bridge(model, "ort", False)
-        yield module, observed, tokens
+        return module, observed, tokens
 
     def test_it_is_passed_without_its_tokens(self, wide: Any) -> None:
         module, observed, tokens = wide
