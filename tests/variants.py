@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_models import SLIDING, WINDOW
+from tiny_models import FULL, SLIDING, WINDOW
 
 
 def rope(kind: str, theta: float = 500.0, **others: Any) -> dict[str, Any]:
@@ -107,6 +107,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_alibi_old": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "roformer": ("roformer", {}),
     "deepseek_v3": ("deepseek_v3", rope("default")),
+    "phimoe_longrope": ("phimoe", rope("longrope", **LONG, short_mscale=1.1, long_mscale=1.3)),
+    "granitemoehybrid": ("granitemoehybrid", {**FULL, "position_embedding_type": "rope"}),
+    "gemma3n_text": ("gemma3n_text", {}),
     "minicpm3_longrope": ("minicpm3", rope("longrope", **LONG)),
 }
 
