@@ -107,6 +107,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_alibi_old": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "roformer": ("roformer", {}),
     "deepseek_v3": ("deepseek_v3", rope("default")),
+    "dbrx": ("dbrx", {}),
     "phimoe_longrope": ("phimoe", rope("longrope", **LONG, short_mscale=1.1, long_mscale=1.3)),
     "granitemoehybrid": ("granitemoehybrid", {**FULL, "position_embedding_type": "rope"}),
     "gemma3n_text": ("gemma3n_text", {}),

@@ -1,7 +1,7 @@
 """Phi-3.5-MoE scales its cosines and sines by ``long_mscale`` or ``short_mscale``, and chooses in Python by the length.
 
-transformers 5.23 has the short factors at every length, and ``mscale`` by the greatest position of the step. ``forward``
-of its rotary module makes the choice in the graph.
+transformers 5.23 has the short factors at every length, and ``mscale`` by the greatest position of the step.
+``forward`` of its rotary module makes the choice in the graph.
 """
 
 from __future__ import annotations

@@ -33,12 +33,12 @@ def substitutions(model: PreTrainedModel) -> Iterator[Substitution]:
     for module in model.modules():
         kind = type(module).__name__
         if kind == "XGLMSinusoidalPositionalEmbedding":
-            yield Substitution(module, "forward", _sinusoids(module, model.dtype))
+            yield Substitution(module, "forward", _sinusoids(module, model))
         elif kind == "XGLMAttention":
             yield Substitution(module, "forward", _attention(module))
 
 
-def _sinusoids(module: Any, dtype: torch.dtype) -> Any:
+def _sinusoids(module: Any, model: PreTrainedModel) -> Any:
     half = module.embedding_dim // 2
     rates = torch.exp(torch.arange(half, dtype=torch.int64).float() * -(math.log(10000) / (half - 1)))  # [C/2]
 
@@ -49,7 +49,7 @@ def _sinusoids(module: Any, dtype: torch.dtype) -> Any:
         table = nn.functional.pad(table, (0, module.embedding_dim % 2))
         if module.padding_idx is not None:
             table = torch.where(rows[..., None] == module.padding_idx, 0.0, table)
-        return table.to(dtype)
+        return table.to(model.dtype)
 
     return forward
 
