@@ -124,17 +124,15 @@ class Origins:
         return any(p[-1] == name and v == value and reads.includes(self.config, p) for p, v in self.resolved.items())
 
     def _is_default(self, path: Path) -> bool:
-        if not self.changed[path] - (set() if self.is_known(path[0]) else {path}):  # it has no effect to compare
+        own = set() if self.is_known(path[0]) else {path}  # a copy that is kept and means nothing
+        if not self.changed[path] - own:  # it has no effect to compare
             return False
         try:
             without = self._resolve(put(self.raw, path))
         except Exception:  # it cannot be left out
             return False
-        return all(
-            without.get(p, self) == self.resolved.get(p, self)
-            for p in without.keys() | self.resolved.keys()
-            if p != path
-        )
+        leaves = (without.keys() | self.resolved.keys()) - own
+        return all(without.get(leaf, self) == self.resolved.get(leaf, self) for leaf in leaves)
 
     def _is_superseded(self, path: Path, value: Any, reads: Reads) -> bool:
         """Whether another key says the same as ``path``, from which transformers would make that key's values."""
@@ -180,7 +178,7 @@ def others(value: Any) -> list[Any]:
     """Values of the same kind that are not ``value``, the likeliest to be accepted first."""
     made: dict[type, Callable[[Any], list[Any]]] = {
         bool: lambda v: [not v],
-        int: lambda v: [v * 2, v + 1, v - 1],
+        int: lambda v: [v * 2, v + 1, v - 1, 1],
         float: lambda v: [v * 2, v / 2, v + 1],
         str: lambda v: [v + "x"],
         list: lambda v: [_renamed(v), [others(item)[0] if others(item) else item for item in v], v[::-1], v[:-1]],
