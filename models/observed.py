@@ -34,6 +34,14 @@ class Observed:
     """The position that the model itself gives the first token."""
 
 
+def _indexed(index: Any) -> tuple[int, Any]:
+    """The axis, from the front or the back, that ``table[index]`` reads by a tensor, and that tensor."""
+    parts = index if isinstance(index, tuple) else (index,)
+    at = next((i for i, part in enumerate(parts) if isinstance(part, torch.Tensor)), 0)
+    axis = at - len(parts) if any(part is ... for part in parts[:at]) else at
+    return axis, parts[at] if parts else None
+
+
 class _Tables(TorchFunctionMode):
     """Watches for tables that are indexed by positions."""
 
@@ -51,11 +59,7 @@ class _Tables(TorchFunctionMode):
 
     LOOKUPS: ClassVar[dict[Any, Callable[..., tuple[Any, int, Any]]]] = {
         F.embedding: lambda input, weight, *_, **__: (weight, 0, input),
-        torch.Tensor.__getitem__: lambda table, index: (
-            table,
-            0,
-            index[0] if isinstance(index, tuple) and index else index,
-        ),
+        torch.Tensor.__getitem__: lambda table, index: (table, *_indexed(index)),
         **dict.fromkeys(
             (torch.gather, torch.Tensor.gather, torch.index_select, torch.Tensor.index_select),
             lambda input, dim, index, **_: (input, dim, index),
@@ -115,7 +119,7 @@ def observe(model: PreTrainedModel, takes_positions: bool) -> Observed:
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != TOKENS:
-            raise CheckpointError(f"{name} has layers whose cache is not of keys and values")
+            raise CheckpointError(f"{name} does not cache one key and one value for each token")
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
     if not shapes:
         raise CheckpointError(f"{name} keeps no keys and values in its cache")

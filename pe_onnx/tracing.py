@@ -68,6 +68,7 @@ def to_onnx(
         fuse_rms_normalization(model)
         FusedNorms()(model)  # before the optimizer takes a small epsilon for 0
         optimizer.optimize_ir(model, inline=False)
+        fuse_rms_normalization(model)  # those whose differences it has found equal (Cohere)
         lean()(model)
         optimizer.optimize_ir(model, inline=False)
         ContractNames(

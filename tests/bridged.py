@@ -41,6 +41,8 @@ class Exported:
     target: str
     limit: int | None
     """Tokens that its tables of positions have."""
+    first: int
+    """The position that the model itself gives the first token."""
 
     def empty(self, batch: int) -> list[Array]:
         return [np.zeros((batch, K, 0, D), np.float32) for K, D in self.caches for _ in range(2)]
@@ -59,7 +61,7 @@ def export(model: PreTrainedModel, target: Any) -> Exported:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(ir.to_proto(onnx_model).SerializeToString(), options)
-    return Exported(session, module.caches, target, observed.max_length)
+    return Exported(session, module.caches, target, observed.max_length, observed.first)
 
 
 def exportable(model: PreTrainedModel, module: BridgedDecoder) -> Exportable:
@@ -172,8 +174,8 @@ def _compact(exported: Exported, reference: Reference, mask_padding: bool) -> Ar
         for b, row in enumerate(rows):
             ids[b, : stop[b] - begin[b]] = row[begin[b] : stop[b]]
         slots = np.arange(int(stop.max()))
-        mask = slots < (stop if mask_padding else stop.max())[:, None] if mask_padding else slots >= 0
-        mask = np.broadcast_to(mask, (len(rows), len(slots))).astype(np.int64)
+        valid = slots < (stop if mask_padding else np.full(len(rows), stop.max()))[:, None]
+        mask = valid.astype(np.int64)
         positions = begin[:, None] + np.arange(width)
         logits, past = exported(ids, mask, positions, past)
         for b in range(len(rows)):

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's; the workers share the cores
 pytest.register_assert_rewrite("command_line", "small_bundle")  # before a test imports them
 
 Result = subprocess.CompletedProcess[str]

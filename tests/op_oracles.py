@@ -30,6 +30,7 @@ def attended(
     scale: float,
     softcap: float = 0.0,
     bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Array:
     """query ``[B, T, H*D]``, keys and values ``[B, K, S, D]``, seen(b, i, j): ``[B, T, H*D]``, row by row."""
     B, K, S, D = keys.shape
@@ -44,8 +45,9 @@ def attended(
             scores = softcap * np.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias.double().numpy()[b % len(bias), h % bias.shape[1], i, slots]
-        weights = np.exp(scores - scores.max())
-        out[b, i, h] = weights / weights.sum() @ values[b, group, slots]
+        weights = np.exp(scores)
+        sink = 0.0 if sinks is None else np.exp(float(sinks[h]))
+        out[b, i, h] = weights / (weights.sum() + sink) @ values[b, group, slots]
     return out.reshape(B, T, H * D)
 
 

@@ -80,7 +80,8 @@ def examine(model_type: str, full: bool = True) -> dict[str, Any]:
 def _error(model: Any, model_type: str, target: str) -> float:
     exported = bridged.export(model, target)
     alone = model_type in UNPADDED or not takes_positions(model)
-    references = bridged.references(model, exported.limit, alone=alone)
+    first = exported.first
+    references = bridged.references(model, exported.limit, position=lambda p: p + first, alone=alone)
     return max(bridged.error(exported, reference) for reference in references.values())
 
 
@@ -100,11 +101,8 @@ def sweep(full: bool = True, jobs: int = 1, names: list[str] | None = None) -> d
     result = {}
     for name, row in zip(names, rows, strict=True):
         result[name] = row
-        print(
-            f"{name:26} {row['status']:10} {row.get('encoding', '')} {row.get('reason', '')}",
-            file=sys.stderr,
-            flush=True,
-        )
+        shown = f"{name:26} {row['status']:10} {row.get('encoding', '')} {row.get('reason', '')}"
+        print(shown, file=sys.stderr, flush=True)
     return result
 
 

@@ -141,7 +141,7 @@ def no_falcon_slopes(model: PreTrainedModel) -> Iterable[Substitution]:
     yield Substitution(home(model), "build_alibi_tensor", lambda *args, **named: 0 * build(*args, **named))
 
 
-FULL = ["full_attention", "full_attention"]
+SHORT = {**LONG, "long_factor": LONG["short_factor"]}
 SWAPPED = {"layer_types": ["full_attention", "sliding_attention"]}
 DEFAULT = rope("default")
 NOPE = attribute("Attention", "use_rope", True)
@@ -184,9 +184,7 @@ fall over, are tests of their own below."""
 OTHERS = {
     "llama3 scaling": Twin("llama_llama3", DEFAULT),
     "yarn mscale": Twin("llama_yarn_mscale", rope("yarn", **YARN)),
-    "longrope, short factors alone": Twin(
-        "llama_longrope", rope("longrope", **{**LONG, "long_factor": LONG["short_factor"]})
-    ),
+    "longrope, short factors alone": Twin("llama_longrope", rope("longrope", **SHORT)),
     "dynamic NTK dropped": Twin("llama_dynamic", DEFAULT),
     "linear scaling of full layers, gemma3": Twin(
         "gemma3_text",
@@ -211,6 +209,10 @@ OTHERS = {
     "rotation, roformer": Twin("roformer", broken=zeroed("embed_positions")),
 }
 TWINS = {**SECTION_10, **OTHERS}
+
+
+def no_bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, len(slopes), queries.shape[1], keys.shape[1])
 
 
 @functools.lru_cache(maxsize=1)
@@ -251,18 +253,8 @@ def test_stretched_positions_fail(variant: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "place", "name", "replacement"),
     [
-        (
-            "bloom",
-            bloom,
-            "alibi_bias",
-            lambda slopes, queries, keys: torch.zeros(1, len(slopes), queries.shape[1], keys.shape[1]),
-        ),
-        (
-            "mpt",
-            mpt,
-            "alibi_bias",
-            lambda slopes, queries, keys: torch.zeros(1, len(slopes), queries.shape[1], keys.shape[1]),
-        ),
+        ("bloom", bloom, "alibi_bias", no_bias),
+        ("mpt", mpt, "alibi_bias", no_bias),
         ("gpt_neo", gpt_neo, "replace", lambda mask, window: Mask()),
     ],
     ids=["bloom", "mpt", "gpt_neo"],

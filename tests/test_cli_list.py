@@ -31,8 +31,7 @@ def test_list_of_families(cli: Cli) -> None:
         cells = [row.get("encoding"), row.get("route"), ", ".join(row.get("targets", []))]
         if row["status"] != "right":
             cells = [row["reason"]] if row["status"] == "refused" else []
-        line = next(
-            (line for line in result.stdout.splitlines() if line.startswith(f" {name} ")), "" if cells else None
-        )
-        assert line is None or all(str(cell) in line for cell in cells), name
+        lines = [line for line in result.stdout.splitlines() if line.startswith(f" {name} ")]
+        assert len(lines) == bool(cells), name
+        assert all(str(cell) in line for cell in cells for line in lines), name
     assert cli("list", "--markdown").returncode == 2

@@ -1,4 +1,4 @@
-"""Every family through the real export, against transformers' own cached decode: whole, in chunks, by token, ragged."""
+"""Every family through the real export, against transformers' own cached decode: whole, chunked, stepped, ragged."""
 
 from __future__ import annotations
 

@@ -41,6 +41,12 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (randn(9, 3, dtype=F16), positions(4, count=17), positions(0, count=63), 63, 31),
     ),
     "t5-float64": (ops.t5_relative_bias, (randn(2, 1, dtype=F64), positions(4, count=1), positions(0, count=1), 1)),
+    "distance": (ops.distance_bias, (randn(3, 9), positions(4, 60, count=17), positions(0, 2, count=63), 63)),
+    "distance-float16": (ops.distance_bias, (randn(3, 9, dtype=F16), positions(4, count=1), None, 63)),
+    "fire": (
+        ops.fire_bias,
+        (positions(4, 60, count=5), positions(0, 2, count=17), randn(2), randn(8, 1), randn(8), randn(3, 8), randn(3)),
+    ),
     "t5-compact": (ops.t5_relative_bias, (randn(32, 3), positions(4, 60, count=1), None, 61)),
 }
 
@@ -54,7 +60,8 @@ def test_registration_fake_kernel_and_gradient_formula_hold_together(case: str) 
 
 
 def test_every_operator_is_among_the_cases() -> None:
-    names = {"alibi_bias", "cached_attention", "masked_attention", "rotary_embedding", "t5_relative_bias"}
+    names = {"alibi_bias", "cached_attention", "distance_bias", "fire_bias", "masked_attention", "rotary_embedding"}
+    names |= {"t5_relative_bias"}
     assert set(ops.operators()) == names
     assert {operator.name for operator, _ in OPCHECKS.values()} == names
     assert set(ops.translation_table()) == {getattr(torch.ops.pe_onnx, name).default for name in names}

@@ -65,7 +65,11 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     version = pe_onnx.__version__
     assert {name.split("/")[0] for name in names} == {"pe_onnx", f"pe_onnx-{version}.dist-info"}
     modules = {wheel_path(module, path) for module, path in SOURCES.items()}
-    assert {name for name in names if name.startswith("pe_onnx/")} == {*modules, "pe_onnx/py.typed"}
+    assert {name for name in names if name.startswith("pe_onnx/")} == {
+        *modules,
+        "pe_onnx/py.typed",
+        "pe_onnx/families.json",
+    }
 
 
 def test_the_wheel_has_the_command_and_the_version_of_the_code(wheel: Path) -> None:

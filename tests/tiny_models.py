@@ -1,7 +1,7 @@
 """A tiny model of every family that transformers has: two layers or so, weights drawn so that positions matter.
 
-``SIZES`` are set where a configuration has the name; ``FAMILIES`` adds what else a family needs to be small, or to be
-of use (a window that is reached, layers of each kind). A value of ``DEFAULT`` leaves the family's own.
+``SIZES`` are set where a family's configuration has the name; ``FAMILIES`` adds what else it needs to be small, or to
+be of use (a window that is reached, layers of each kind). A value of ``DEFAULT`` leaves the family's own.
 """
 
 from __future__ import annotations

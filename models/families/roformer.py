@@ -22,6 +22,7 @@ READING = Reading(interleaved=True, layout="not repeated", sign=1)
 
 def substitutions(model: Any) -> Iterator[Substitution]:
     """The table, which is left unread where it was read, and ``forward`` of each self-attention."""
+    encoder: Any
     for encoder in model.modules():
         if type(encoder).__name__ == "RoFormerEncoder":
             table = encoder.embed_positions

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pe_onnx.errors import CheckpointError
 from pe_onnx.models.interface import attend
@@ -25,7 +26,7 @@ ENDLESS = True
 """No table limits the length."""
 
 
-def substitutions(model: Any) -> Iterator[Substitution]:
+def substitutions(model: PreTrainedModel) -> Iterator[Substitution]:
     """The table and the attention of each layer. Raises CheckpointError for a decoder with cross-attention."""
     if model.config.add_cross_attention:
         raise CheckpointError("XGLM with add_cross_attention = true attends to an encoder's output; decoders only")

@@ -1,0 +1,39 @@
+"""The committed table of families is what a sweep over the installed transformers' classes finds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import sweep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+COMMITTED: dict[str, Any] = json.loads(sweep.FILE.read_text("utf-8"))
+
+
+def shown(families: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    keys = ("class", "status", "encoding", "route", "targets")
+    return {name: {key: row.get(key) for key in keys} for name, row in families.items()}
+
+
+def test_every_class_has_a_row() -> None:
+    assert {name: row["class"] for name, row in COMMITTED["families"].items()} == dict(CLASSES)
+
+
+def test_none_is_wrong_and_each_refusal_has_its_reason() -> None:
+    rows = COMMITTED["families"].values()
+    assert {row["status"] for row in rows} == {"right", "refused", "not built"}
+    refused = [row["reason"] for row in rows if row["status"] == "refused"]
+    internal = ("index out of range", "has no attribute", "Tensor", "NoneType", "Error", "dimension")
+    assert [reason for reason in refused if any(part in reason for part in internal)] == []
+
+
+def test_the_bridge_finds_the_committed_table() -> None:
+    """In PyTorch alone: what the exporter adds is the slow test's."""
+    assert shown(sweep.sweep(full=False)) == shown(COMMITTED["families"])
+
+
+@pytest.mark.slow
+def test_every_family_through_onnxruntime() -> None:
+    assert shown(sweep.sweep(jobs=2)) == shown(COMMITTED["families"])
