@@ -24,6 +24,7 @@ BEARS = re.compile(
 BEARS_NOT = re.compile(
     r"^encoder_|drop|implementation|attn_impl|flash|init|lm_head|router|expert|moe|mlp|mamba|ssm|conv|linear_|image|vision|audio"
     r"|feed_forward|output_attentions|gradient|quantization|label|summary|task|token_id|cross_attention"
+    r"|dtype|_fp32|js_config|init_config"
 )
 
 LENGTHS = (
@@ -43,6 +44,17 @@ SWITCHED_OFF_BY = {
     "max_window_layers": ("use_sliding_window", "sliding_window"),
 }
 """Keys without a meaning while another one is false or null."""
+NO_REQUEST = {
+    "rotary": True,
+    "use_rotary_pos_emb": True,
+    "position_embedding_type": "rope_gptj",
+    "rotary_scaling_factor": 1.0,
+    "scale_attn_weights": True,
+    "rotary_pct": 1.0,
+    "full_attn_mod": 1,
+    "offset_alibi": 100,
+}
+"""Values in published files, of keys that transformers does not read, that ask for what the model does anyway."""
 OF_LAYERS = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
 """Keys without a meaning where ``layer_types`` has no such layers."""
 
@@ -121,6 +133,8 @@ SHARE = Kind("a number above 0 and up to 1", lambda v: is_number(v) and 0 < v <=
 SHARE_OR_NULL = Kind(SHARE.text, SHARE.accepts, nullable=True)
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 FLAG_OR_NULL = Kind(FLAG.text, FLAG.accepts, nullable=True)
+PATTERN_OR_NULL = Kind("a positive integer or letters", lambda v: COUNT.accepts(v) or isinstance(v, str), nullable=True)
+FROM_ZERO_OR_NULL = Kind("a number from 0", lambda v: is_number(v) and v >= 0, nullable=True)
 NAME = Kind("a name", lambda v: isinstance(v, str))
 NAMES_OR_NULL = Kind("a list of names", _list_of(lambda v: isinstance(v, str)), nullable=True)
 FLAGS_OR_NULL = Kind("a list of 0 and 1", _list_of(lambda v: v in (0, 1)), nullable=True)
@@ -158,7 +172,8 @@ KINDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
         (r"rotary_pct|partial_rotary_factor|rope_pct", SHARE_OR_NULL),
         (r"layer_types|layers_block_type|attention_layers", NAMES_OR_NULL),
         (r"no_rope_layers", FLAGS_OR_NULL),
-        (r"no_rope_layer_interval|_?sliding_window_pattern|global_attn_every_n_layers", COUNT_OR_NULL),
+        (r"_?sliding_window_pattern", PATTERN_OR_NULL),
+        (r"no_rope_layer_interval|global_attn_every_n_layers", COUNT_OR_NULL),
         (r"alibi_bias_max", COUNT),
     )
 )

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from pe_onnx.models import config_keys, rope_types
-from pe_onnx.models.config_keys import LENGTHS, OF_LAYERS, SWITCHED_OFF_BY, Path
+from pe_onnx.models.config_keys import LENGTHS, NO_REQUEST, OF_LAYERS, SWITCHED_OFF_BY, Path
 from pe_onnx.models.config_reads import Reads
 
 Flat = dict[Path, Any]
@@ -76,7 +76,10 @@ class Origins:
         if self.is_known(key) or key.startswith("_"):
             return None
         names = [name for name in self.known if config_keys.bears((name,))]
-        return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=CLOSE)), None)
+        near = next(iter(difflib.get_close_matches(key, names, n=1, cutoff=CLOSE)), None)
+        if near is None or self._changes(self.raw, (key,), self.raw[key]) - {(key,)}:  # it is read while it is made
+            return None
+        return near
 
     def without_effect(self, reads: Reads) -> Iterator[tuple[Path, Any, str]]:
         """Leaves of config.json that nothing reads, their values, and a remark on each."""
@@ -99,6 +102,8 @@ class Origins:
             return True
         if any(self.resolved.get((switch,), True) in (False, None) for switch in SWITCHED_OFF_BY.get(path[-1], ())):
             return True
+        if path[-1] in NO_REQUEST and NO_REQUEST[path[-1]] == value:
+            return True
         return (
             self._repeats(path, value, reads)
             or self._is_default(path)
@@ -107,18 +112,27 @@ class Origins:
         )
 
     def _repeats(self, path: Path, value: Any, reads: Reads) -> bool:
-        if not self.is_known(path[0]):
-            return False
+        if not self.is_known(path[0]):  # ``sliding_window_size`` beside ``sliding_window``
+            return any(
+                (path[0].startswith(f"{p[-1]}_") or path[0].endswith(f"_{p[-1]}"))
+                and v == value
+                and type(v) is type(value)
+                and reads.includes(self.config, p)
+                for p, v in self.resolved.items()
+            )
         name = {"type": "rope_type"}.get(path[-1], path[-1])
         return any(p[-1] == name and v == value and reads.includes(self.config, p) for p, v in self.resolved.items())
 
     def _is_default(self, path: Path) -> bool:
-        if not self.changed[path]:  # not even a copy of it is kept
+        own = set() if self.is_known(path[0]) else {path}  # a copy that is kept and means nothing
+        if not self.changed[path] - own:  # it has no effect to compare
             return False
         try:
-            return self._resolve(put(self.raw, path)) == self.resolved
+            without = self._resolve(put(self.raw, path))
         except Exception:  # it cannot be left out
             return False
+        leaves = (without.keys() | self.resolved.keys()) - own
+        return all(without.get(leaf, self) == self.resolved.get(leaf, self) for leaf in leaves)
 
     def _is_superseded(self, path: Path, value: Any, reads: Reads) -> bool:
         """Whether another key says the same as ``path``, from which transformers would make that key's values."""
@@ -164,12 +178,19 @@ def others(value: Any) -> list[Any]:
     """Values of the same kind that are not ``value``, the likeliest to be accepted first."""
     made: dict[type, Callable[[Any], list[Any]]] = {
         bool: lambda v: [not v],
-        int: lambda v: [v * 2, v + 1, v - 1],
+        int: lambda v: [v * 2, v + 1, v - 1, 1],
         float: lambda v: [v * 2, v / 2, v + 1],
         str: lambda v: [v + "x"],
-        list: lambda v: [[others(item)[0] if others(item) else item for item in v], v[::-1], v[:-1]],
+        list: lambda v: [_renamed(v), [others(item)[0] if others(item) else item for item in v], v[::-1], v[:-1]],
     }
     return [other for other in made.get(type(value), lambda v: [])(value) if other != value]
+
+
+def _renamed(value: Any) -> Any:
+    """A list with every name in it changed."""
+    if isinstance(value, list):
+        return [_renamed(item) for item in value]
+    return f"{value}x" if isinstance(value, str) else value
 
 
 def blame(config_class: type[PreTrainedConfig], raw: Mapping[str, Any]) -> list[str]:

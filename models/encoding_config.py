@@ -52,11 +52,9 @@ def read_encoding(origins: Origins, reads: Reads, observed: Observed, where: str
                 f"{where}: nothing in {config.model_type} reads {'.'.join(path)} = {config_keys.shown(value)}{remark} "
                 f"(--follow-transformers leaves it out, as transformers does)"
             )
-    return Encoding(
-        name(config, reads, observed),
-        {**_rope(origins, reads, where), **_others(origins, reads, where)},
-        ignored,
-    )
+    called = name(config, reads, observed)
+    rope = _rope(origins, reads, where) if called == "rope" else {}
+    return Encoding(called, {**rope, **_others(origins, reads, where)}, ignored)
 
 
 def refuse_misspelt(origins: Origins, where: str) -> None:
@@ -101,7 +99,7 @@ def _rope(origins: Origins, reads: Reads, where: str) -> Parameters:
             if leaf not in origins.resolved or _is_listed(origins, reads, leaf):
                 prefix = "" if len(path) == 1 else f"{'.'.join(path)}."
                 found[prefix + key] = {"value": value, "origin": _origin(origins, leaf, where)}
-    return found if _reads_rope(config, reads) else {}
+    return found
 
 
 def _others(origins: Origins, reads: Reads, where: str) -> Parameters:

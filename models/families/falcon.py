@@ -16,12 +16,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.falcon import modeling_falcon
 
 from pe_onnx.models.interface import attend, current
 from pe_onnx.models.substitution import Substitution
 
 ATTENTION = "sdpa"
+
+
+def encoding(config: PreTrainedConfig) -> str:
+    """Its name."""
+    return "alibi" if config.alibi else "rope"
+
+
+ENCODING = encoding
 
 
 def substitutions(model: nn.Module) -> Iterator[Substitution]:
