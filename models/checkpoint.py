@@ -104,7 +104,7 @@ def load_model(path: Path, attention: str = "eager") -> PreTrainedModel:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {reason}") from error
     problems = {
         "missing": info["missing_keys"],
-        "of another shape": info["mismatched_keys"],
+        "of another shape": [f"{name} {list(its)}, not {list(ours)}" for name, its, ours in info["mismatched_keys"]],
         "not read by the model": info["unexpected_keys"],
     }
     for what, keys in problems.items():
