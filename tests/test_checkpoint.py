@@ -1,0 +1,111 @@
+"""Checkpoints from disk: read whole, or refused with the weight or the reason that is in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from checkpoints import VOCAB
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
+import pe_onnx
+from pe_onnx.errors import CheckpointError
+from pe_onnx.models.checkpoint import load, load_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+K_PROJ = "model.layers.0.self_attn.k_proj.weight"
+EXTRA = "model.layers.0.self_attn.extra.weight"
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return checkpoints.write(tmp_path / "c", "llama", num_hidden_layers=1)
+
+
+def rewrite(folder: Path, change: Callable[[Weights], object]) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def test_every_weight_is_read(folder: Path) -> None:
+    state = load(folder).model.state_dict()
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == state.keys()
+    assert all(torch.equal(x, state[name]) for name, x in written.items())
+    assert all(x.dtype == torch.float32 for x in state.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "reason"),
+    [
+        (lambda state: state.pop(K_PROJ), K_PROJ, "weights missing"),
+        (lambda state: state.update({EXTRA: torch.zeros(16, 64)}), EXTRA, "weights not read by the model"),
+        (
+            lambda state: state.update({K_PROJ: torch.zeros(16, 64)}),
+            f"{K_PROJ} [16, 64], not [32, 64]",
+            "weights of another shape",
+        ),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    change: Callable[[Weights], object], name: str, reason: str, folder: Path, tmp_path: Path
+) -> None:
+    rewrite(folder, lambda state: None)
+    load(folder)
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        pe_onnx.export(model=folder, output=tmp_path / "b")
+    assert f"{reason}: {name}" in str(caught.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="the weights are truncated or damaged"):
+        load(folder)
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    whole = load_model(checkpoints.write(tmp_path / "whole", "llama")).state_dict()
+    folder = checkpoints.write(tmp_path / "parts", "llama", max_shard_size="40KB")
+    parts = sorted(folder.glob("*.safetensors"))
+    assert len(parts) > 1
+    state = load_model(folder).state_dict()
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(x, state[name]) for name, x in whole.items())
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_model(folder)
+
+
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="'t5' is an encoder-decoder"):
+        pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for path, reason in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "weights.bin", "must be a Hugging Face folder or a .gguf file"),
+        (tmp_path, "it has no config.json"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            load(path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"it holds 2 \.gguf files; name one"):
+        load(tmp_path)
