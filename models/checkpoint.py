@@ -35,7 +35,8 @@ TOKENIZER_FILES = (
 )
 TEXT_PARTS = ("text_config", "decoder", "llm_config")
 """Parts of a config.json of several models that can be the text model's."""
-TOKENIZER_SOURCES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
+TOKENIZER_SOURCES = ("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "tokenizer*")
+"""Patterns of files of which transformers makes a tokenizer, where there is no tokenizer.json."""
 
 
 @dataclasses.dataclass
@@ -198,6 +199,9 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
                     shutil.copyfile(folder / name, target / name)
 
         return {"kind": "tokenizer.json"}, copy
+    held = [path.name for pattern in TOKENIZER_SOURCES for path in sorted(folder.glob(pattern))]
+    if gguf is None and not held:  # transformers would make an empty tokenizer of the family's kind
+        return None, lambda target: None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {})
@@ -215,10 +219,7 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
                     shutil.copyfile(folder / name, target / name)
 
         return {"kind": "vocab"}, copy_vocabulary
-    held = [name for name in TOKENIZER_SOURCES if (folder / name).is_file()]
-    if held or gguf:
-        raise CheckpointError(f"checkpoint {folder}: {gguf or held[0]} holds a tokenizer that cannot be read: {reason}")
-    return None, lambda target: None
+    raise CheckpointError(f"checkpoint {folder}: {gguf or held[0]} holds a tokenizer that cannot be read: {reason}")
 
 
 def _plain_vocabulary(folder: Path) -> bool:

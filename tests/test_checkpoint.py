@@ -109,3 +109,12 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"it holds 2 \.gguf files; name one"):
         load(tmp_path)
+
+
+def test_no_tokenizer_is_made_up(tmp_path: Path) -> None:
+    """Of a Gemma folder without tokenizer files transformers makes an empty tokenizer."""
+    checkpoints.write(tmp_path / "c", "gemma", num_hidden_layers=1)
+    exportable = from_checkpoint(tmp_path / "c", "ort", True)
+    assert exportable.tokenizer is None
+    exportable.write_assets(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
