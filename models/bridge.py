@@ -209,7 +209,7 @@ def _windows_agree(module: BridgedDecoder) -> None:
     if windows and not any(mask.window > 0 or mask.chunk for mask in module.masks):
         name = type(module.model).__name__
         raise CheckpointError(
-            f"{name}: transformers' cache keeps its last {windows[0]} tokens, and its mask shows all: it contradicts itself"
+            f"{name} contradicts itself: transformers' cache keeps the last {windows[0]} tokens, and its mask shows all"
         )
 
 
