@@ -172,6 +172,7 @@ def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[Bri
         observed.max_length = None
     module = BridgedDecoder(model, target, last_only, substitutions, observed).eval()
     _reach(module, observed)  # a first run, which shows the masks
+    _windows_agree(module)
     proof = prove(module, observed)
     return module, observed, proof
 
@@ -215,6 +216,18 @@ def _named(module: BridgedDecoder) -> Iterator[None]:
             reason = f"with its attention replaced it fails: {reason}"
         name = type(module.model).__name__
         raise CheckpointError(f"{name} cannot be exported exactly: {reason}") from failure
+
+
+def _windows_agree(module: BridgedDecoder) -> None:
+    """Raises CheckpointError where transformers' cache forgets tokens that its masks show: its cached decode is then
+    another than one pass over the same tokens."""
+    layers = DynamicCache(config=module.model.config).layers
+    windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+    if windows and not any(mask.window > 0 or mask.chunk for mask in module.masks):
+        name = type(module.model).__name__
+        raise CheckpointError(
+            f"{name} contradicts itself: transformers' cache keeps the last {windows[0]} tokens, and its mask shows all"
+        )
 
 
 @torch.no_grad()
