@@ -51,17 +51,17 @@ def _make(*args: Any, mask_function: Callable[..., Any], **others: Any) -> Mask:
     """transformers' mask interface. Raises CheckpointError for a mask that is not understood."""
     parts = _parts(mask_function)
     windows: list[int] = []
-    chunks: list[int] = []
+    chunk = 0
     for part in parts:
         kind = part.__qualname__.partition(".")[0]
         known = part.__module__ == masking_utils.__name__
         if known and kind == "sliding_window_overlay":
             windows.append(int(_closure(part)["sliding_window"]))
-        elif known and kind == "chunked_overlay" and not chunks:
-            chunks.append(int(_closure(part)["chunk_size"]))
+        elif known and kind == "chunked_overlay" and not chunk:
+            chunk = int(_closure(part)["chunk_size"])
         elif part not in (causal_mask_function, bidirectional_mask_function):
             raise CheckpointError(f"its attention mask has a part {kind!r} that is not understood")
-    return Mask(min(windows, default=-1), next(iter(chunks), 0), causal_mask_function in parts)
+    return Mask(min(windows, default=-1), chunk, causal=causal_mask_function in parts)
 
 
 def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:

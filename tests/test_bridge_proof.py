@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from tiny_models import WINDOW
+from variants import rope
 
 from pe_onnx.errors import CheckpointError
 from pe_onnx.models import rotation
@@ -25,6 +26,7 @@ TARGETS = ("ort", "portable")
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 2.0},
     "llama4_text": {"attention_chunk_size": WINDOW},
+    "llama": rope("dynamic", factor=2.0),  # its rows are proven one at a time
 }
 Patch = pytest.MonkeyPatch
 
@@ -155,7 +157,9 @@ def test_a_fault_is_refused(fault: str, target: str, monkeypatch: Patch) -> None
         prove(module, observed)
 
 
-@pytest.mark.parametrize(("name", "target"), [("gpt2", "ort"), ("gpt2", "portable"), ("mistral", "ort")])
+@pytest.mark.parametrize(
+    ("name", "target"), [("gpt2", "ort"), ("gpt2", "portable"), ("mistral", "ort"), ("llama", "ort")]
+)
 def test_slots_for_positions_are_refused(name: str, target: str, monkeypatch: Patch) -> None:
     """On ort a buffer is longer than what it holds; on portable rows are padded, which rotation alone does not mind."""
     module, observed = bridged(name, target)
