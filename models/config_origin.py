@@ -91,7 +91,11 @@ class Origins:
                 yield path, value, remark or next((remarks[p] for p in self.changed[path] if p in remarks), "")
 
     def _is_read(self, path: Path, value: Any, reads: Reads) -> bool:
-        return path[-1] in LENGTHS or any(reads.includes(self.config, p) for p in self.changed[path])
+        changed = self.changed[path]
+        if path[-1] in LENGTHS or any(reads.includes(self.config, p) for p in changed):
+            return True
+        own = (p[-1] for p in changed if p[0] == "rope_parameters" and p[-1] not in rope_types.KEYS)
+        return any(reads.mentions(key) for key in own)  # a family's own, such as phimoe's long_mscale
 
     def _is_harmless(self, path: Path, value: Any, reads: Reads) -> bool:
         """Whether the same would result without the key, or is said elsewhere too."""
@@ -136,8 +140,8 @@ class Origins:
 
     def _is_superseded(self, path: Path, value: Any, reads: Reads) -> bool:
         """Whether another key says the same as ``path``, from which transformers would make that key's values."""
-        for key, held in self.raw.items():
-            if key != path[0] and isinstance(held, list | dict) and config_keys.bears((key,)):
+        for key in self.raw:
+            if key != path[0] and config_keys.bears((key,)):
                 rest = {k: v for k, v in self.raw.items() if k != key}
                 try:
                     made = self._resolve(rest)

@@ -7,6 +7,8 @@ counted are those of the configuration classes, which copy and check every key.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,12 @@ class Reads:
     def __init__(self) -> None:
         self.attributes: set[tuple[type, str]] = set()
         self.entries: set[Path] = set()
+        self.modules: set[str] = set()
+        """Whose code read something."""
+
+    def mentions(self, key: str) -> bool:
+        """Whether the source of a module that reads looks an entry of this name up, if not on what was run."""
+        return any(f'["{key}"]' in inspect.getsource(sys.modules[name]) for name in self.modules)
 
     def includes(self, config: PreTrainedConfig, path: Path) -> bool:
         """Whether the leaf at ``path`` of ``config`` was read."""
@@ -115,12 +123,24 @@ def _plain(value: Any) -> Any:
 
 
 def _counts(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name in ("__getattribute__", "_note"):
+    return _reader(frame) is not None
+
+
+def _reader(frame: FrameType | None) -> str | None:
+    """The module of the model's code that reads, directly or through a property of the configuration."""
+    while frame is not None and (frame.f_globals.get("__name__") == __name__ or _is_property(frame)):
         frame = frame.f_back
     if frame is None:
-        return False
-    name = f"{frame.f_globals.get('__name__', '')}:{frame.f_code.co_qualname}"
-    return name.startswith(COUNTED) and not any(part in name for part in NOT_COUNTED)
+        return None
+    module = frame.f_globals.get("__name__", "")
+    name = f"{module}:{frame.f_code.co_qualname}"
+    return module if name.startswith(COUNTED) and not any(part in name for part in NOT_COUNTED) else None
+
+
+def _is_property(frame: FrameType) -> bool:
+    owner = frame.f_locals.get("self")
+    own = getattr(type(owner), frame.f_code.co_name, None)
+    return isinstance(owner, PreTrainedConfig) and isinstance(own, property | functools.cached_property)
 
 
 @contextmanager
@@ -131,8 +151,10 @@ def recorded() -> Iterator[Reads]:
 
     def read(self: PreTrainedConfig, key: str) -> Any:
         value = original(self, key)
-        if not key.startswith("_") and _counts(sys._getframe(1)):
+        reader = None if key.startswith("_") else _reader(sys._getframe(1))
+        if reader is not None:
             reads.attributes.add((type(self), type(self).attribute_map.get(key, key)))
+            reads.modules.add(reader)
         return value
 
     PreTrainedConfig.__getattribute__ = read

@@ -103,6 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 1},
     "exaone4": SLIDING,
     "falcon": {"head_dim": DEFAULT},
+    "gpt_bigcode": {"num_key_value_heads": DEFAULT},
     "gemma2": SLIDING,
     "gemma3_text": SLIDING,
     "gemma3n_text": {
