@@ -60,6 +60,8 @@ def draw(model: PreTrainedModel, seed: int = 0, gain: float = 1.5) -> None:
     branches = 2 * model.config.get_text_config(decoder=True).num_hidden_layers
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
+        if not parameter.requires_grad:  # a fixed table
+            continue
         if parameter.dim() == 1:
             is_norm = name.endswith("weight")
             parameter.copy_(0.1 * values + (1.0 if is_norm else 0.0))
