@@ -128,13 +128,17 @@ def _counts(frame: FrameType | None) -> bool:
 
 def _reader(frame: FrameType | None) -> str | None:
     """The module of the model's code that reads, directly or through a property of the configuration."""
-    while frame is not None and (frame.f_globals.get("__name__") == __name__ or _is_property(frame)):
+    while frame is not None and (_is_lookup(frame) or _is_property(frame)):
         frame = frame.f_back
     if frame is None:
         return None
     module = frame.f_globals.get("__name__", "")
     name = f"{module}:{frame.f_code.co_qualname}"
     return module if name.startswith(COUNTED) and not any(part in name for part in NOT_COUNTED) else None
+
+
+def _is_lookup(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == __name__ or frame.f_code.co_name == "__getattribute__"
 
 
 def _is_property(frame: FrameType) -> bool:

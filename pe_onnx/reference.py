@@ -67,9 +67,8 @@ def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Ref
         model = load_model(path, config=resolve(path, scaling)[0])
         model.config._attn_implementation = untouched_attention(model)
     if not switches.thresholds(model):
-        return from_module(
-            lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask, position_ids=positions)
-        )
+        # positions are its own affair: some families count from another number than 0
+        return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask))
 
     def start() -> Forward:
         cache = DynamicCache()
