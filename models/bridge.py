@@ -171,7 +171,7 @@ def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[Bri
     if getattr(own, "ENDLESS", False):
         observed.max_length = None
     module = BridgedDecoder(model, target, last_only, substitutions, observed).eval()
-    _reach(module, observed)  # a first run, which shows the masks
+    _reaches(module)  # a first run, which shows the masks
     _windows_agree(module)
     proof = prove(module, observed)
     return module, observed, proof
@@ -185,7 +185,7 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
         observed.shapes,
         model.config.get_text_config(decoder=True).vocab_size,
         lambda row, prompt, past: untouched(model, row, prompt, past, observed.first),
-        reach=max((*_reach(module, observed), *switch)),
+        reaches=[*_reaches(module), *switch, *_configured(model)],
         limit=observed.max_length,
         alone=bool(switch),
         **({"cached": latent.cached} if module.latent else {}),
@@ -230,14 +230,20 @@ def _windows_agree(module: BridgedDecoder) -> None:
         )
 
 
+def _configured(model: PreTrainedModel) -> list[int]:
+    """Windows and chunks of the configuration, whether or not a layer's mask shows one."""
+    values = model.config.get_text_config(decoder=True).to_dict().items()
+    return [n for key, n in values if ("window" in key or "chunk" in key) and type(n) is int]
+
+
 @torch.no_grad()
-def _reach(module: BridgedDecoder, observed: Observed) -> list[int]:
-    """Tokens of every window and chunk that the layers hand to attention; 0 stands for none."""
+def _reaches(module: BridgedDecoder) -> list[int]:
+    """Tokens of every window and chunk that the layers hand to attention."""
     with _named(module):
         past: list[LayerCache] = [(torch.zeros(1, K, 0, D),) * 2 for K, D in module.caches]
         ids = torch.zeros(1, 3, dtype=torch.int64)
         module(ids, torch.ones_like(ids), torch.arange(3)[None], past)
-    return [0, *(m.window for m in module.masks if m.window > 0), *(m.chunk for m in module.masks)]
+    return [n for mask in module.masks for n in (mask.window, mask.chunk)]
 
 
 @torch.no_grad()

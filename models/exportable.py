@@ -112,7 +112,7 @@ def from_config(
             [(K, D, D) for K, D in caches],
             config.vocab_size,
             of_module(module, caches, torch.float32),
-            reach=config.max_position_embeddings if decoder.encoding.path_dependent else 0,  # no switch lies beyond
+            reaches=[config.max_position_embeddings] if decoder.encoding.path_dependent else [],  # no switch beyond
             limit=max_length,
             alone=decoder.encoding.path_dependent,
         ),

@@ -66,14 +66,14 @@ class Proof:
         shapes: Sequence[tuple[int, int, int]],
         vocab_size: int,
         reference: Reference,
-        reach: int = 0,
+        reaches: Sequence[int] = (),
         limit: int | None = None,
         alone: bool = False,
         cached: Callable[[torch.Tensor, torch.Tensor], LayerCache] = lambda key, value: (key, value),
     ) -> None:
-        """shapes: K, channels of keys and of values of each cache. reach: tokens of the greatest window, chunk or
-        switch; limit: tokens the encoding can take; alone: rows of a batch influence each other, so no batch; cached:
-        what the runs cache in place of the reference's keys and values."""
+        """shapes: K, channels of keys and of values of each cache. reaches: tokens of each window, chunk and switch;
+        limit: tokens the encoding can take; alone: rows of a batch influence each other, so no batch; cached: what the
+        runs cache in place of the reference's keys and values."""
         self.cached = cached
         generator = torch.Generator().manual_seed(0)
         prompt = PROMPT if limit is None else max(1, min(PROMPT, limit - STEPS))
@@ -83,10 +83,11 @@ class Proof:
 
         rows = [tokens(prompt)] if alone or prompt < 4 else [tokens(prompt), tokens(prompt - 3)]
         self.trials = [Trial(rows, 0, [], [])]
-        past = reach + BEYOND
-        fits = 4 * past * sum(K * (D + E) for K, D, E in shapes) <= PAST_BYTES
-        self.skipped = reach if reach and not fits else None
-        if reach and fits and (limit is None or past + 5 + STEPS <= limit):
+        met = [n for n in reaches if n > 0 and (limit is None or n + BEYOND + 5 + STEPS <= limit)]
+        afford = PAST_BYTES // (4 * sum(K * (D + E) for K, D, E in shapes)) - BEYOND  # tokens
+        past = max((n for n in met if n <= afford), default=0) + BEYOND
+        self.skipped = max((n for n in met if n > afford), default=None)
+        if past > BEYOND:
             caches = [
                 (torch.randn(1, K, past, D, generator=generator), torch.randn(1, K, past, E, generator=generator))
                 for K, D, E in shapes

@@ -131,7 +131,9 @@ def recorded(rotaries: list[Rotary]) -> Iterator[None]:
 @torch.no_grad()
 def prove(rotary: Rotary) -> Substitution | None:
     """The replacement of a function that was recorded, or None where no reading computes what it does."""
-    kinds = {(tuple((n, x.shape) for n, x in c.rotated.items()), c.cos.shape, str(c.rest)): c for c in rotary.calls}
+    # one table for all rows, which our operator does not take, is what a model makes of no positions at all
+    recorded = [c for c in rotary.calls if all(x.shape[0] == c.cos.shape[0] for x in c.rotated.values())]
+    kinds = {(tuple((n, x.shape) for n, x in c.rotated.items()), c.cos.shape, str(c.rest)): c for c in recorded}
     calls = list(kinds.values())
     reading = next((r for r in READINGS if calls and all(_agrees(rotary, r, call) for call in calls)), None)
     if reading is None:
@@ -153,8 +155,6 @@ def _rotate(reading: Reading, call: Call) -> Any:
 
 
 def _agrees(rotary: Rotary, reading: Reading, call: Call) -> bool:
-    if any(x.shape[0] != call.cos.shape[0] for x in call.rotated.values()):
-        return False  # one table for all rows, which our operator does not take
     generator = torch.Generator().manual_seed(0)
     random = {name: torch.randn(x.shape, generator=generator, dtype=x.dtype) for name, x in call.rotated.items()}
     trial = Call(random, call.cos, call.sin, call.rest)

@@ -60,15 +60,22 @@ def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Ref
         from transformers import DynamicCache
 
         from pe_onnx.models import switches
-        from pe_onnx.models.bridge import untouched_attention
+        from pe_onnx.models.bridge import takes_positions, untouched_attention
         from pe_onnx.models.checkpoint import load_model, resolve
+        from pe_onnx.models.observed import observe
 
     with silenced():
         model = load_model(path, config=resolve(path, scaling)[0])
         model.config._attn_implementation = untouched_attention(model)
     if not switches.thresholds(model):
-        # positions are its own affair: some families count from another number than 0
-        return from_module(lambda ids, mask, positions: model(input_ids=ids, attention_mask=mask))
+        takes = takes_positions(model)
+        first = observe(model, takes).first  # some families count from another number than 0
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> Any:
+            named = {"position_ids": positions + first} if takes else {}
+            return model(input_ids=ids, attention_mask=mask, **named)
+
+        return from_module(forward)
 
     def start() -> Forward:
         cache = DynamicCache()
