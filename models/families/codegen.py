@@ -6,12 +6,10 @@ Its rotation, interleaved and from a table of ``max_position_embeddings`` rows, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import nn
 
-from pe_onnx.models.interface import attend
+from pe_onnx.models.families._attn import through_interface
 from pe_onnx.models.substitution import Substitution
 
 ENCODING = "rope"
@@ -19,16 +17,4 @@ ENCODING = "rope"
 
 def substitutions(model: nn.Module) -> Iterator[Substitution]:
     """``_attn`` of each layer."""
-    for module in model.modules():
-        if type(module).__name__ == "CodeGenAttention":
-            yield Substitution(module, "_attn", _attention(module))
-
-
-def _attention(module: Any) -> Any:
-    def attention(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
-    ) -> tuple[torch.Tensor, None]:
-        output, _ = attend(module, query, key, value, attention_mask, scaling=1 / module.scale_attn)
-        return output.transpose(1, 2), None  # [B, H, T, D]
-
-    return attention
+    return through_interface(model, "CodeGenAttention", lambda layer: 1 / layer.scale_attn)

@@ -10,28 +10,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from pe_onnx.models.interface import attend
+from pe_onnx.models.families._attn import through_interface
 from pe_onnx.models.masks import Mask
 from pe_onnx.models.substitution import Substitution
 
 
 def substitutions(model: nn.Module) -> Iterator[Substitution]:
     """``_attn`` of each layer."""
-    for module in model.modules():
-        if type(module).__name__ == "GPTNeoSelfAttention":
-            yield Substitution(module, "_attn", _attention(module))
+    return through_interface(model, "GPTNeoSelfAttention", lambda layer: 1.0, _windowed)
 
 
-def _attention(module: Any) -> Any:
-    window = module.config.window_size if module.attention_type == "local" else -1
-
-    def attention(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Mask
-    ) -> tuple[torch.Tensor, None]:
-        output, _ = attend(module, query, key, value, replace(attention_mask, window=window), scaling=1.0)
-        return output.transpose(1, 2), None  # [B, H, T, D]
-
-    return attention
+def _windowed(layer: Any, mask: Mask) -> Mask:
+    return replace(mask, window=layer.config.window_size if layer.attention_type == "local" else -1)
