@@ -2,12 +2,15 @@
 
 from typing import Any
 
-import onnx
-import onnx_ir
-from onnx.defs import OpSchema
-from onnx_ir.passes.common import InlinePass
-from onnxscript.values import Op, Opset
-from onnxscript.version_converter import _version_converter
+from pe_onnx.errors import needs
+
+with needs("export", "'pe-onnx[export]'"):
+    import onnx
+    import onnx_ir
+    from onnx.defs import OpSchema
+    from onnx_ir.passes.common import InlinePass
+    from onnxscript.values import Op, Opset
+    from onnxscript.version_converter import _version_converter
 
 OPSET = 23
 """Of the standard operators in the bodies: the first with Attention, RotaryEmbedding and RMSNormalization."""

@@ -65,6 +65,9 @@ def export(
     Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished or does not
     compute what PyTorch computes; then nothing is written.
     """
+    if verify:
+        with needs("the proof of an export", "'pe-onnx[cpu]', or export with --no-verify"):
+            import onnxruntime  # noqa: F401
     one_of("target", target, contract.TARGETS)
     one_of("dtype", dtype, contract.DTYPES)
     given_logits, logits = logits, logits or contract.DEFAULT_LOGITS[target]

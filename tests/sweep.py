@@ -38,7 +38,7 @@ def encoding_of(model: Any, observed: Observed) -> str:
     """The name of the encoding that a tiny model has: its family's word, then what its modules show."""
     named = getattr(family(model), "ENCODING", None)
     if named is not None:
-        return named
+        return named(model.config.get_text_config(decoder=True)) if callable(named) else named
     if any("inv_freq" in name for name, _ in model.named_buffers()):
         return "rope"
     if any("Sinusoidal" in type(module).__name__ for module in model.modules()):

@@ -72,7 +72,7 @@ USAGE = [
     ("export --model {no_weights} -o b", ["model.safetensors"]),
     ("export --model {bad_vocabulary} -o b", ["vocab.json"]),
     ("export --model {t5} -o b", ["'t5'", "encoder-decoder"]),
-    ("export --model {mamba} -o b", ["mamba"]),
+    ("export --model {mamba} -o b", ["Mamba", "linear_attention"]),
     ("export --model {unknown_family} -o b", ["nonesuch"]),
     # the output
     ("export --encoding rope -o taken", ["taken", "exists"]),

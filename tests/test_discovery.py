@@ -129,6 +129,7 @@ def test_ten_lines_are_an_encoding(cli: Cli, tmp_path: Path, target: str) -> Non
         "name": "mine",
         "parameters": {"strength": {"value": 2.0, "origin": "given"}},
         "path_dependent": False,
+        "ignored": {},
     }
     proved = cli("parity", bundle, "--json", env=env)
     assert proved.returncode == 0, proved.stderr

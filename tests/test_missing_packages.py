@@ -99,9 +99,14 @@ def test_without_onnxruntime_both_extras_are_named(bundles: Bundles) -> None:
     assert all(extra in result.stdout for extra in extras)
 
 
-def test_inspecting_and_exporting_need_no_onnxruntime(bundles: Bundles, tmp_path: Path) -> None:
+def test_inspecting_needs_no_onnxruntime_and_exporting_only_for_the_proof(bundles: Bundles, tmp_path: Path) -> None:
     assert without({"onnxruntime"}, MAIN, "inspect", bundles("rope")).returncode == 0
-    result = without({"onnxruntime"}, MAIN, "export", "--encoding", "rope", "-o", tmp_path / "bundle")
+    export = (MAIN, "export", "--encoding", "rope", "-o", tmp_path / "bundle")
+    refused = without({"onnxruntime"}, *export)
+    assert refused.returncode == 2
+    assert "'pe-onnx[cpu]', or export with --no-verify" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    result = without({"onnxruntime"}, *export, "--no-verify")
     assert result.returncode == 0, result.stderr
 
 

@@ -178,7 +178,7 @@ def trips(model: ByHand) -> None:
     [
         (backwards, "the positions that it gives its tokens are not understood"),
         (keeps_nothing, "keeps no keys and values in its cache"),
-        (keeps_a_sum, "has layers whose cache is not of keys and values"),
+        (keeps_a_sum, "does not cache one key and one value for each token"),
         (trips, "cannot be run with a cache of keys and values: "),
     ],
 )
