@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pe_onnx.errors import CheckpointError
+from pe_onnx.errors import CheckpointError, did_you_mean
 from pe_onnx.models import config_keys, config_reads, rope_scaling, rope_types, weight_shapes
 from pe_onnx.models.config_origin import Origins, blame
 from pe_onnx.models.encoding_config import Encoding, read_encoding, refuse_misspelt, trained_length
@@ -98,14 +99,19 @@ def resolve(
     folder, gguf = locate(path)
     where = "GGUF metadata" if gguf else "config.json"
     raw = _raw_config(folder, gguf) if raw is None else raw
-    known = CONFIG_MAPPING[raw["model_type"]] if raw.get("model_type") in CONFIG_MAPPING else PreTrainedConfig
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise CheckpointError(f"{where}: model_type = {config_keys.shown(model_type)} must be a name")
+    known = CONFIG_MAPPING.get(model_type, PreTrainedConfig)
     for part in (raw, *(value for key, value in raw.items() if key in TEXT_PARTS and isinstance(value, Mapping))):
         config_keys.check(part, known, where)
         rope_types.check_raw(part, where)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
     except Exception as error:
-        keys = ", ".join(blame(known, raw))
+        unknown = known is PreTrainedConfig
+        hint = did_you_mean(str(model_type), CONFIG_MAPPING) if unknown else ""
+        keys = f"model_type = {config_keys.shown(model_type)}{hint}" if unknown else ", ".join(blame(known, raw))
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {where}: {keys}: {_reason(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
@@ -181,12 +187,30 @@ def load_model(path: Path, attention: str = "eager", config: PreTrainedConfig | 
     if info["mismatched_keys"]:
         problem = weight_shapes.explain(config, list(info["mismatched_keys"]))
         raise CheckpointError(f"checkpoint {path}: weights of another shape: {problem}")
-    for what, keys in {"missing": info["missing_keys"], "not read by the model": info["unexpected_keys"]}.items():
+    unread = [key for key in info["unexpected_keys"] if not _is_old_mask(folder, str(key))]
+    for what, keys in {"missing": info["missing_keys"], "not read by the model": unread}.items():
         if keys:
             first = sorted(str(key) for key in keys)[0]
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise CheckpointError(f"checkpoint {path}: weights {what}: {first}{more}")
     return model.eval()
+
+
+OLD_MASK = re.compile(r"(^|\.)attn(\.attention)?\.(bias|masked_bias|causal_mask)$")
+"""Buffers that GPT-2, GPT-J, GPT-Neo and CodeGen once saved beside their weights."""
+
+
+def _is_old_mask(folder: Path, key: str) -> bool:
+    """Whether a tensor of the checkpoint is a causal mask, or the number that stood for what is masked."""
+    if not OLD_MASK.search(key):
+        return False
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            if key in tensors.keys():  # noqa: SIM118
+                x = tensors.get_tensor(key)
+                full = torch.ones(x.shape[-2:]).tril().bool() if x.dim() == 4 else None
+                return x.numel() == 1 or (full is not None and bool((x.bool() == full).all()))
+    return True  # of a file that only PyTorch reads
 
 
 def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None, Callable[[Path], None]]:

@@ -45,14 +45,15 @@ SWITCHED_OFF_BY = {
 }
 """Keys without a meaning while another one is false or null."""
 NO_REQUEST = {
-    "rotary": True,
-    "use_rotary_pos_emb": True,
-    "position_embedding_type": "rope_gptj",
-    "rotary_scaling_factor": 1.0,
-    "scale_attn_weights": True,
-    "rotary_pct": 1.0,
-    "full_attn_mod": 1,
-    "offset_alibi": 100,
+    "rotary": (True,),
+    "use_rotary_pos_emb": (True,),
+    "position_embedding_type": ("rope_gptj", "rope"),
+    "rotary_scaling_factor": (1.0,),
+    "scale_attn_weights": (True,),
+    "rotary_pct": (1.0,),
+    "full_attn_mod": (1,),
+    "offset_alibi": (100,),
+    "finetuned": (True, False),
 }
 """Values in published files, of keys that transformers does not read, that ask for what the model does anyway."""
 OF_LAYERS = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
@@ -114,11 +115,6 @@ def _positive(value: Any) -> bool:
 
 def _list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list | tuple) and all(accepts(item) for item in value)
-
-
-def _tree_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """An object, or objects by layer type with nulls for layers without."""
-    return lambda value: isinstance(value, Mapping) and all(v is None or accepts(v) for v in value.values())
 
 
 COUNT = Kind("a positive integer", lambda v: _is_integer(v) and v > 0)

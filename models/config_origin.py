@@ -106,7 +106,7 @@ class Origins:
             return True
         if any(self.resolved.get((switch,), True) in (False, None) for switch in SWITCHED_OFF_BY.get(path[-1], ())):
             return True
-        if path[-1] in NO_REQUEST and NO_REQUEST[path[-1]] == value:
+        if value in NO_REQUEST.get(path[-1], ()) or self._is_the_whole_length(path, value):
             return True
         return (
             self._repeats(path, value, reads)
@@ -114,6 +114,13 @@ class Origins:
             or self._is_of_no_layer(path)
             or self._is_superseded(path, value, reads)
         )
+
+    def _is_the_whole_length(self, path: Path, value: Any) -> bool:
+        """Whether it is the length before a scaling that there is none of (Phi-4)."""
+        kinds = [rope_types.TYPES[rope.get("rope_type", "default")] for _, rope in rope_types.blocks(self.config)]
+        scaled = any(rope_types.ORIGINAL in kind.keys for kind in kinds)
+        whole = self.resolved.get(("max_position_embeddings",))
+        return path[-1] == rope_types.ORIGINAL and not scaled and value == whole
 
     def _repeats(self, path: Path, value: Any, reads: Reads) -> bool:
         if not self.is_known(path[0]):  # ``sliding_window_size`` beside ``sliding_window``

@@ -28,8 +28,6 @@ class Observed:
     """``learned`` or ``fixed`` where a table is read by position."""
     max_length: int | None = None
     """Positions of the shortest table."""
-    offset: int = 0
-    """The table's row of position 0."""
     first: int = 0
     """The position that the model itself gives the first token."""
 
@@ -128,7 +126,6 @@ def observe(model: PreTrainedModel, takes_positions: bool) -> Observed:
     for table, offset, rows in tables:
         learned = table.data_ptr() in parameters
         observed.table = "learned" if learned or observed.table == "learned" else "fixed"
-        observed.offset = offset + first
         observed.max_length = min(rows - offset - first, observed.max_length or rows)
     return observed
 

@@ -20,7 +20,7 @@ from pe_onnx.models.attention import LayerCache
 PROMPT, STEPS = 24, 2
 BEYOND = 3
 """Tokens that the long past goes beyond the last window or switch."""
-PAST_BYTES = 4 << 30
+PAST_BYTES = 2 << 30
 """Of the long past in float32; where it would take more, the proof says that it leaves the trial out."""
 SLACK = 16
 """Slots behind a compact past: room for the new tokens and some unused, as a preallocated buffer has them."""

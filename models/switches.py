@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,8 +56,21 @@ def _longrope(module: Any, prefix: str, rope: Mapping[str, Any], layer_type: str
     return torch.where(length > trained, long, short)
 
 
-SWITCHES: dict[str, Callable[..., torch.Tensor]] = {"dynamic": _dynamic, "longrope": _longrope}
-"""rope_type to the frequencies at a length."""
+@dataclass(frozen=True)
+class Switch:
+    """A way in which frequencies depend on the length."""
+
+    frequencies: Callable[..., torch.Tensor]
+    """At a length."""
+    threshold: Callable[[Any, Mapping[str, Any]], int]
+    """Of a configuration and its rope parameters: tokens beyond which they are others."""
+
+
+SWITCHES = {
+    "dynamic": Switch(_dynamic, lambda config, rope: int(config.max_position_embeddings)),
+    "longrope": Switch(_longrope, lambda config, rope: int(rope["original_max_position_embeddings"])),
+}
+"""By rope_type."""
 
 
 def rope_types(module: nn.Module) -> dict[str | None, str]:
@@ -74,10 +88,8 @@ def thresholds(model: nn.Module) -> list[int]:
     for module in model.modules():
         rotary: Any = module
         for layer_type, kind in rope_types(module).items():
-            if kind == "dynamic":
-                found.add(int(rotary.config.max_position_embeddings))
-            elif kind == "longrope":
-                found.add(int(_parameters(module, layer_type)["original_max_position_embeddings"]))
+            if kind in SWITCHES:
+                found.add(SWITCHES[kind].threshold(rotary.config, _parameters(module, layer_type)))
     return sorted(found)
 
 
@@ -106,7 +118,7 @@ def _forward(module: nn.Module, undecorated: Callable[..., Any]) -> Callable[...
         if switch is None:
             return undecorated(module, x, position_ids, **named)
         length = position_ids.max() + 1
-        frequencies = switch(module, prefix, _parameters(module, layer_type), layer_type, length)
+        frequencies = switch.frequencies(module, prefix, _parameters(module, layer_type), layer_type, length)
         return undecorated(_Seen(module, **{f"{prefix}inv_freq": frequencies}), x, position_ids, **named)
 
     return forward

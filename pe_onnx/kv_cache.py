@@ -247,7 +247,11 @@ class InPlaceCache(KVCache):
     def _decode(self, ids: Array, moving: Array) -> Array:
         if self.path is not None:
             self.path.append({int(b): ids[b : b + 1].copy() for b in np.flatnonzero(moving)})
-        lengths = self.lengths + 1  # a row that does not move overwrites the slot behind its last token
+        # a row that does not move overwrites the slot behind its last token; where none is left, its last token again
+        hard = self.session.bundle.max_length
+        full = ~moving & (hard is not None and self.lengths >= hard)
+        ids = np.where(full, [held[-1] if held else 0 for held in self.tokens], ids)
+        lengths = self.lengths + ~full
         total = int(lengths.max())
         self.reserve(total)
         self._ids.host[:, 0] = ids

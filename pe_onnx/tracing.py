@@ -47,6 +47,7 @@ def to_onnx(
     try:
         with torch.no_grad():
             program = torch.export.export(E.module, args, dynamic_shapes=shapes, strict=False)
+        _check_lengths(program, E.max_length)
         progress("translate")
         onnx_program = torch.onnx.export(
             program,
@@ -92,6 +93,14 @@ def to_onnx(
     for node in model.graph:
         node.metadata_props.clear()
     return model
+
+
+def _check_lengths(program: torch.export.ExportedProgram, limit: int | None) -> None:
+    """Raises ExportError where the module's code takes another way for longer inputs: the graph has the one traced."""
+    for name, values in program.range_constraints.items():
+        bound = values.upper
+        if bound.is_Integer and (limit is None or int(bound) < limit):
+            raise ExportError(f"the module's code takes another way where a size ({name}) is more than {int(bound)}")
 
 
 def _check_operators(model: ir.Model, target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +119,40 @@ def test_no_tokenizer_is_made_up(tmp_path: Path) -> None:
     assert loaded.tokenizer is None
     loaded.write_assets(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+MASK = torch.ones(1, 1, 8, 8).tril()
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "let_through"),
+    [
+        ("transformer.h.0.attn.masked_bias", torch.tensor(-1e4), True),
+        ("transformer.h.0.attn.bias", MASK, True),
+        ("transformer.h.0.attn.attention.bias", MASK.bool(), True),
+        ("transformer.h.0.attn.causal_mask", MASK, True),
+        ("transformer.h.0.attn.masked_bias", torch.randn(64), False),
+        ("transformer.h.0.attn.causal_mask", torch.randn(1, 1, 8, 8), False),
+        ("transformer.h.0.attn.q_proj.bias", torch.tensor(1.0), False),
+    ],
+)
+def test_masks_that_old_files_hold_are_no_weights(
+    name: str, saved: torch.Tensor, let_through: bool, tmp_path: Path
+) -> None:
+    folder = checkpoints.write(tmp_path / "c", "gptj", n_inner=96, rotary_dim=8, n_layer=1)
+    rewrite(folder, lambda state: state.update({name: saved}))
+    if let_through:
+        load_model(folder)
+    else:
+        with pytest.raises(CheckpointError, match=f"weights not read by the model: {name}"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize(("model_type", "says"), [(["llama"], "must be a name"), ("llamma", "did you mean 'llama'")])
+def test_a_model_type_that_is_none(model_type: object, says: str, folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "model_type": model_type}))
+    with pytest.raises(CheckpointError, match=f"model_type.*{says}") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert "hidden_size" not in str(caught.value)

@@ -28,6 +28,7 @@ LAYERED = {
 }
 MPT = {"d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": TRAINED, "vocab_size": VOCAB}
 
+OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 Read = Callable[..., Encoding]
 
 
@@ -162,6 +163,8 @@ def test_a_key_that_nothing_reads_is_refused(edit: dict[str, Any], word: str, re
         ("llama", {"rope_theta": 5e5}, {"rope_parameters": YARN}),  # said twice
         ("llama", {"attention_dropout": 0.1, "use_flash_attn": True, "_attn_implementation": "eager"}, {}),
         ("gpt2", {"n_ctx": TRAINED}, {}),
+        ("phi3", {"original_max_position_embeddings": TRAINED, "rope_scaling": None}, {}),  # Phi-4
+        ("llama", {"rope_scaling": {**OLD_YARN, "finetuned": True}, "rope_parameters": None}, {}),  # YaRN-Llama
         ("qwen2", {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1}, {}),
         ("qwen2", {"max_window_layers": 2}, {"use_sliding_window": True, "sliding_window": 9}),  # as layer_types say
     ],

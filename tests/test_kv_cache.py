@@ -133,3 +133,21 @@ def test_a_learned_table_is_a_hard_limit(tmp_path: Path) -> None:
     cache.prefill([TOKENS[:40]])
     with pytest.raises(InputError, match="positions"):
         cache.decode([1])
+
+
+def test_a_row_that_ends_with_the_table_rests_there(tmp_path: Path) -> None:
+    """No slot and no position beyond the table's end, while another row goes on."""
+    pe_onnx.export(encoding="learned", config={"max_position_embeddings": 40}, output=tmp_path / "b")
+    model = pe_onnx.load(tmp_path / "b")
+    cache, alone = model.cache(2), model.cache(1)
+    assert isinstance(cache, InPlaceCache)
+    cache.prefill([TOKENS[:40], TOKENS[50:60]])
+    alone.prefill([TOKENS[50:60]])
+    before = [buffer.host[0].copy() for buffer in cache.buffers]
+    for token in TOKENS[60:65]:
+        logits = cache.decode([7, token], np.array([False, True]))[1].copy()
+        np.testing.assert_allclose(logits, alone.decode([token])[0], atol=1e-4)
+    assert cache.lengths.tolist() == [40, 15]
+    assert cache.capacity == 40
+    for old, buffer in zip(before, cache.buffers, strict=True):
+        np.testing.assert_allclose(buffer.host[0], old, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pe_onnx
-from pe_onnx.errors import ConfigError
+from pe_onnx.errors import ConfigError, ExportError
 from pe_onnx.models.attention import cached_step
 
 
@@ -65,3 +65,17 @@ def test_a_weight_beyond_float16_is_refused(tmp_path: Path) -> None:
 def test_an_argument_of_another_kind_is_refused(call: Callable[[Path], Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is for"):
         call(tmp_path / "b")
+
+
+class Branching(Own):
+    """Takes another way for prompts of more than 100 tokens, which no trace of a few tokens sees."""
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values):  # type: ignore[no-untyped-def]
+        logits, presents = super().forward(input_ids, attention_mask, position_ids, past_key_values)
+        return (-logits if input_ids.shape[1] > 100 else logits), presents
+
+
+def test_a_branch_on_the_length_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"takes another way where a size .* is more than 100"):
+        pe_onnx.export(Branching("ort"), tmp_path / "b", **SIZES)
+    assert not (tmp_path / "b").exists()

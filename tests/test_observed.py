@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CACHES = [(4, 16, 16)] * 2
 REAL: dict[str, Observed] = {
-    "gpt2": Observed(CACHES, "learned", TRAINED, offset=0),
-    "opt": Observed(CACHES, "learned", TRAINED, offset=2),
-    "biogpt": Observed(CACHES, "learned", TRAINED, offset=2),
-    "gpt_neo": Observed(CACHES, "learned", TRAINED, offset=0),
-    "bart": Observed(CACHES, "learned", TRAINED, offset=2),
-    "roberta": Observed(CACHES, "learned", TRAINED - 1, offset=1, first=1),
+    "gpt2": Observed(CACHES, "learned", TRAINED),
+    "opt": Observed(CACHES, "learned", TRAINED),
+    "biogpt": Observed(CACHES, "learned", TRAINED),
+    "gpt_neo": Observed(CACHES, "learned", TRAINED),
+    "bart": Observed(CACHES, "learned", TRAINED),
+    "roberta": Observed(CACHES, "learned", TRAINED - 1, first=1),
     "gptj": Observed(CACHES, "fixed", TRAINED),
     "codegen": Observed(CACHES, "fixed", TRAINED),
     "ctrl": Observed(CACHES, "fixed", TRAINED),
@@ -123,7 +123,7 @@ def seen(model: Any) -> Observed:
 @pytest.mark.parametrize("name", LOOKS)
 def test_every_way_to_look_up(name: str, learned: bool) -> None:
     offset = 5 if "offset" in name else 0
-    expected = Observed([(1, 8, 6)], "learned" if learned else "fixed", ROWS - offset, offset)
+    expected = Observed([(1, 8, 6)], "learned" if learned else "fixed", ROWS - offset)
     assert seen(ByHand(LOOKS[name], learned)) == expected
 
 
@@ -151,7 +151,7 @@ def test_the_shortest_of_two_tables_is_the_limit(others: int) -> None:
 def test_the_first_position_is_the_model_s_own() -> None:
     model = ByHand(LOOKS["index"])
     model.own_positions = lambda tokens: 2 + torch.arange(tokens)  # type: ignore[method-assign]
-    assert seen(model) == Observed([(1, 8, 6)], "fixed", ROWS - 2, offset=2, first=2)
+    assert seen(model) == Observed([(1, 8, 6)], "fixed", ROWS - 2, first=2)
 
 
 Change = Callable[[ByHand], None]
