@@ -102,16 +102,16 @@ def resolve(
     model_type = raw.get("model_type")
     if not isinstance(model_type, str | None):
         raise CheckpointError(f"{where}: model_type = {config_keys.shown(model_type)} must be a name")
-    known = CONFIG_MAPPING.get(model_type, PreTrainedConfig)
+    is_known = model_type in CONFIG_MAPPING
+    known = CONFIG_MAPPING[model_type] if is_known else PreTrainedConfig  # its get() knows nothing not yet imported
     for part in (raw, *(value for key, value in raw.items() if key in TEXT_PARTS and isinstance(value, Mapping))):
         config_keys.check(part, known, where)
         rope_types.check_raw(part, where)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
     except Exception as error:
-        unknown = known is PreTrainedConfig
-        hint = did_you_mean(str(model_type), CONFIG_MAPPING) if unknown else ""
-        keys = f"model_type = {config_keys.shown(model_type)}{hint}" if unknown else ", ".join(blame(known, raw))
+        hint = did_you_mean(str(model_type), CONFIG_MAPPING)
+        keys = ", ".join(blame(known, raw)) if is_known else f"model_type = {config_keys.shown(model_type)}{hint}"
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {where}: {keys}: {_reason(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
