@@ -43,6 +43,12 @@ class Step(ABC):
     presents: list[LayerCache]
     """The caches after the step, filled in layer by layer."""
 
+    def every_key_position(self) -> torch.Tensor:
+        """int64 ``[B or 1, S]``, written out also where keys stand at 0 .. key_length - 1."""
+        if self.key_positions is not None:
+            return self.key_positions
+        return torch.arange(self.key_length, device=self.query_positions.device)[None]
+
     def attend(
         self,
         layer: int,

@@ -34,9 +34,7 @@ def _bias(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> t
     """``[B, H, T, S]``."""
     slopes = _get_alibi_slopes(num_heads, attention_mask.device)
     step = current().step
-    keys = step.key_positions
-    if keys is None:
-        keys = torch.arange(step.key_length, device=attention_mask.device)[None]
+    keys = step.every_key_position()
     return alibi_bias(slopes, step.query_positions, keys).to(dtype)
 
 

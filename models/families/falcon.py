@@ -44,9 +44,7 @@ def substitutions(model: nn.Module) -> Iterator[Substitution]:
 def _bias(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``[B or 1, H, T, S]``, not yet divided by sqrt(D)."""
     step = current().step
-    keys = step.key_positions
-    if keys is None:
-        keys = torch.arange(step.key_length, device=slopes.device)[None]
+    keys = step.every_key_position()
     rounded = keys.float().bfloat16().float()[:, None, None, :]
     bias = (slopes[:, None, None] * rounded).bfloat16().to(dtype)  # [B, H, 1, S]
     return bias.expand(-1, -1, step.query_positions.shape[1], -1)

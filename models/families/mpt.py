@@ -47,9 +47,7 @@ def _bias(num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device:
     """``[B, H, T, S]``."""
     slopes = -modeling_mpt.build_mpt_alibi_tensor(num_heads, 2, alibi_bias_max, device)[:, 0, 0]  # at distance 1
     step = current().step
-    keys = step.key_positions
-    if keys is None:
-        keys = torch.arange(step.key_length, device=device)[None]
+    keys = step.every_key_position()
     return alibi_bias(slopes, step.query_positions, keys)
 
 
