@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from pe_onnx import __version__, contract
@@ -23,6 +24,9 @@ from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.fused_norms import FusedNorms
 from pe_onnx.passes.lean import lean
 from pe_onnx.passes.transposed_weights import TransposedWeights
+
+LARGEST = sys.maxsize - 1
+"""The bound that torch gives a size of which it knows nothing, as of what ``x[mask]`` picks."""
 
 Progress = Callable[[str], None]
 """Called with the name of each stage as it begins."""
@@ -99,7 +103,7 @@ def _check_lengths(program: torch.export.ExportedProgram, limit: int | None) -> 
     """Raises ExportError where the module's code takes another way for longer inputs: the graph has the one traced."""
     for name, values in program.range_constraints.items():
         bound = values.upper
-        if bound.is_Integer and (limit is None or int(bound) < limit):
+        if bound.is_Integer and int(bound) < (LARGEST if limit is None else limit):
             raise ExportError(f"the module's code takes another way where a size ({name}) is more than {int(bound)}")
 
 

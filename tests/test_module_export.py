@@ -79,3 +79,19 @@ def test_a_branch_on_the_length_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"takes another way where a size .* is more than 100"):
         pe_onnx.export(Branching("ort"), tmp_path / "b", **SIZES)
     assert not (tmp_path / "b").exists()
+
+
+class Selecting(Own):
+    """Works on the positions that a mask picks, whose number nobody knows before the run (X-MOD's adapters)."""
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values):  # type: ignore[no-untyped-def]
+        logits, presents = super().forward(input_ids, attention_mask, position_ids, past_key_values)
+        picked = input_ids > 3
+        changed = logits.clone()
+        changed[picked] = 2 * logits[picked]
+        return changed, presents
+
+
+def test_a_number_of_picked_positions_is_no_branch(tmp_path: Path) -> None:
+    pe_onnx.export(Selecting("ort"), tmp_path / "b", **SIZES, logits="all")
+    assert (tmp_path / "b" / "model.onnx").exists()
