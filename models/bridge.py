@@ -8,7 +8,7 @@ What the bridge alone does not carry stands in one file a family, ``models/famil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,9 @@ from pe_onnx import discovery
 from pe_onnx.contract import Target
 from pe_onnx.errors import CheckpointError, PeOnnxError
 from pe_onnx.models import checkpoint, complex_rotation, counted_positions, latent, rotation, switches
-from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep, cached_step
+from pe_onnx.models.across import EncoderStep
+from pe_onnx.models.attention import LayerCache, cached_step
+from pe_onnx.models.config_origin import text_config
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.models.interface import IMPLEMENTATION, BridgeCache, register, serving
 from pe_onnx.models.masks import Mask
@@ -71,7 +73,8 @@ class BridgedDecoder(nn.Module):
         step = cached_step(self.target, attention_mask, input_ids.shape[1], past_key_values)
         positions = position_ids + self.first if self.first else position_ids
         named = {"position_ids": positions} if self.takes_positions else {}
-        with self._replaced(step) as cache:
+        cache = BridgeCache(step, self.caches)
+        with replaced(self.model, cache, self.substitutions, step.last_token if self.last_only else None):
             logits = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **named
             ).logits
@@ -80,26 +83,31 @@ class BridgedDecoder(nn.Module):
             raise CheckpointError("not every layer's attention goes through transformers' attention interface")
         return logits.float(), step.presents
 
-    @contextmanager
-    def _replaced(self, step: CompactStep | MaskedStep) -> Iterator[BridgeCache]:
-        """Our attention, masks and cache in place of transformers', and the head on the last token only."""
-        hooks = []
-        if self.last_only:
-            head = self.model.get_output_embeddings()
-            hooks.append(head.register_forward_pre_hook(lambda _, args: (step.last_token(args[0]), *args[1:])))
-        cache = BridgeCache(step, self.caches)
-        configs = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
-        switched = [
-            Substitution(config, f"_{kind}_implementation_internal", value)
-            for config in configs.values()
-            for kind, value in (("attn", IMPLEMENTATION), ("experts", "batched_mm"))
-        ]
-        try:
-            with serving(cache), installed([*switched, *self.substitutions]):
-                yield cache
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+@contextmanager
+def replaced(
+    model: PreTrainedModel,
+    serve: BridgeCache | EncoderStep,
+    substitutions: Iterable[Substitution],
+    last_token: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Our attention and masks in place of transformers', and the head on what last_token leaves of its input."""
+    hooks = []
+    if last_token is not None:
+        head = model.get_output_embeddings()
+        hooks.append(head.register_forward_pre_hook(lambda _, args: (last_token(args[0]), *args[1:])))
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    switched = [
+        Substitution(config, f"_{kind}_implementation_internal", value)
+        for config in configs.values()
+        for kind, value in (("attn", IMPLEMENTATION), ("experts", "batched_mm"))
+    ]
+    try:
+        with serving(serve), installed([*switched, *substitutions]):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -146,7 +154,7 @@ def from_checkpoint(
 
 def family(model: PreTrainedModel) -> ModuleType | None:
     """The file of the model's family, where it has one."""
-    name = model.config.get_text_config(decoder=True).model_type
+    name = text_config(model.config).model_type
     return discovery.load("models.families", name) if name in discovery.names("models.families") else None
 
 
@@ -194,7 +202,7 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
     def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
         return module(feed.input_ids, feed.attention_mask, feed.position_ids, past)
 
-    with _named(module):
+    with named_failures(module.model):
         error = proof.error(run, module.target, module.caches, torch.float32)
     if not error <= PROOF_TOLERANCE:
         counts = "" if module.takes_positions else "; it takes no position_ids, and may count from the cache's length"
@@ -206,7 +214,7 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
 
 
 @contextmanager
-def _named(module: BridgedDecoder) -> Iterator[None]:
+def named_failures(model: PreTrainedModel) -> Iterator[None]:
     """Whatever goes wrong inside is a CheckpointError that names the model."""
     try:
         yield
@@ -214,7 +222,7 @@ def _named(module: BridgedDecoder) -> Iterator[None]:
         reason = str(failure).strip().split("\n", 1)[0]
         if not isinstance(failure, PeOnnxError):
             reason = f"with its attention replaced it fails: {reason}"
-        name = type(module.model).__name__
+        name = type(model).__name__
         raise CheckpointError(f"{name} cannot be exported exactly: {reason}") from failure
 
 
@@ -239,7 +247,7 @@ def _configured(model: PreTrainedModel) -> list[int]:
 @torch.no_grad()
 def _reaches(module: BridgedDecoder) -> list[int]:
     """Tokens of every window and chunk that the layers hand to attention."""
-    with _named(module):
+    with named_failures(module.model):
         past: list[LayerCache] = [(torch.zeros(1, K, 0, D),) * 2 for K, D in module.caches]
         ids = torch.zeros(1, 3, dtype=torch.int64)
         module(ids, torch.ones_like(ids), torch.arange(3)[None], past)

@@ -17,6 +17,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,9 +25,12 @@ from transformers import (
 
 from pe_onnx.errors import CheckpointError, did_you_mean
 from pe_onnx.models import config_keys, config_reads, rope_scaling, rope_types, weight_shapes
-from pe_onnx.models.config_origin import Origins, blame
+from pe_onnx.models.config_origin import Origins, blame, text_config
 from pe_onnx.models.encoding_config import Encoding, read_encoding, refuse_misspelt, trained_length
-from pe_onnx.models.observed import observe
+from pe_onnx.models.observed import Observed, observe
+
+SEQ2SEQ = ("t5", "mt5", "umt5")
+"""Encoder-decoders that can be exported, by model_type."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,14 +66,14 @@ def load(path: Path, scaling: Mapping[str, Any] | None = None, follow: bool = Fa
     where = "GGUF metadata" if gguf else "config.json"
     raw = _raw_config(folder, gguf)
     config, reach = resolve(path, scaling, raw)
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     origins = Origins(config, raw, lambda plain: rope_scaling.apply(plain, scaling) if scaling else None)
     if not follow:
         refuse_misspelt(origins, where)
     with config_reads.recorded() as reads:
         config_reads.watch(text, reads)
         model = load_model(path, config=config)
-        observed = observe(model, "position_ids" in inspect.signature(model.forward).parameters)
+        observed = _run_once(model)
     for module in model.modules():
         if isinstance(own := getattr(module, "config", None), PreTrainedConfig):
             config_reads.unwatch(own)
@@ -87,6 +91,16 @@ def load(path: Path, scaling: Mapping[str, Any] | None = None, follow: bool = Fa
         tokenizer=tokenizer,
         write_assets=write_assets,
     )
+
+
+def _run_once(model: PreTrainedModel) -> Observed:
+    """What a run shows, and so that what it reads of its configuration is seen."""
+    if not model.config.is_encoder_decoder:
+        return observe(model, "position_ids" in inspect.signature(model.forward).parameters)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=ids, decoder_input_ids=ids)
+    return Observed([])
 
 
 def resolve(
@@ -113,12 +127,19 @@ def resolve(
         hint = did_you_mean(str(model_type), CONFIG_MAPPING)
         keys = ", ".join(blame(known, raw)) if is_known else f"model_type = {config_keys.shown(model_type)}{hint}"
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {where}: {keys}: {_reason(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; decoders only")
-    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder and config.model_type not in SEQ2SEQ:
+        raise CheckpointError(
+            f"checkpoint {path}: {config.model_type!r} is an encoder-decoder; of these {', '.join(SEQ2SEQ)} only"
+        )
+    text = text_config(config)
     rope_types.check(text, where)
     config_keys.check_shapes(text, where)
     return config, rope_scaling.apply(text, scaling) if scaling else None
+
+
+def is_seq2seq(path: Path) -> bool:
+    """Whether a checkpoint is an encoder-decoder that can be exported. Raises CheckpointError where it is none."""
+    return _raw_config(*locate(path)).get("model_type") in SEQ2SEQ
 
 
 def _raw_config(folder: Path, gguf: str | None) -> dict[str, Any]:
@@ -161,7 +182,7 @@ def locate(path: Path) -> tuple[Path, str | None]:
 
 
 def load_model(path: Path, attention: str = "eager", config: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """The whole causal LM in float32 on the CPU, every weight of the checkpoint accounted for.
+    """The whole language model in float32 on the CPU, every weight of the checkpoint accounted for.
 
     config: in place of the checkpoint's own.
     """
@@ -170,7 +191,8 @@ def load_model(path: Path, attention: str = "eager", config: PreTrainedConfig | 
     if config is None:
         config, _ = resolve(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, info = kind.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,

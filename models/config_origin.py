@@ -32,14 +32,14 @@ class Origins:
         self, config: PreTrainedConfig, raw: Mapping[str, Any], edit: Callable[[PreTrainedConfig], Any]
     ) -> None:
         """edit: changes the text model's configuration after it is made, for the command line."""
-        self.config = config.get_text_config(decoder=True)
+        self.config = text_config(config)
         self.known = _known(self.config)
         whole = type(config)
         key = next((key for key in config.sub_configs if getattr(config, key, None) is self.config), None)
         prefix = (key,) if key is not None and isinstance(raw.get(key), Mapping) else ()
 
         def resolve(values: Mapping[str, Any], edited: bool = True) -> Flat:
-            text = whole.from_dict(copy.deepcopy(dict(values))).get_text_config(decoder=True)
+            text = text_config(whole.from_dict(copy.deepcopy(dict(values))))
             if edited:
                 edit(text)
             return flat(text)
@@ -183,6 +183,11 @@ class Origins:
                 effects |= {p for p in before.keys() | after.keys() if before.get(p, self) != after.get(p, self)}
                 made = True
         return effects if made else {p for p in before if p[-1] == path[-1]}
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text model's configuration; of an encoder-decoder the whole one, in which both halves have their keys."""
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
 def others(value: Any) -> list[Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from pe_onnx.config import DecoderConfig
-from pe_onnx.contract import CacheShape, Target
+from pe_onnx.contract import CacheShape, Crossing, Target
 from pe_onnx.models.attention import LayerCache, PlainStep, cached_step
 from pe_onnx.models.decoder import Decoder
 from pe_onnx.models.proof import Proof, of_module
+from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 
 
 @dataclasses.dataclass
@@ -23,7 +24,8 @@ class Exportable:
 
     module: nn.Module
     """``module(input_ids, attention_mask, position_ids, past_key_values)`` to logits and presents, the caches as
-    lists of one (key, value) pair a layer, each ``[B, K, P, D]``."""
+    lists of one (key, value) pair a layer, each ``[B, K, P, D]``. Of an encoder-decoder a module with an ``encoder``
+    and a ``decoder``, see seq2seq.py."""
     caches: list[CacheShape]
     """K and D of each layer's cache."""
     vocab_size: int
@@ -45,8 +47,12 @@ class Exportable:
     tokenizer: Mapping[str, Any] | None = None
     write_assets: Callable[[Path], None] = lambda folder: None
     """Writes tokenizer files into the bundle."""
-    proof: Proof | None = None
+    proof: Proof | Seq2SeqProof | None = None
     """What the finished bundle is to give on a few tokens; None where the module cannot be run on them."""
+    crossing: Crossing | None = None
+    """What the decoder knows of its encoder; None where there is none."""
+    start_token: int | None = None
+    """With which the decoder of an encoder-decoder begins."""
 
 
 class CachedDecoder(nn.Module):

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from pe_onnx.contract import CacheShape
 from pe_onnx.errors import CheckpointError
 from pe_onnx.models import latent, masks
+from pe_onnx.models.across import Across, EncoderStep
 from pe_onnx.models.attention import CompactStep, LayerCache, MaskedStep
 from pe_onnx.models.masks import Mask
 
@@ -41,10 +42,14 @@ IRRELEVANT = frozenset(
 class BridgeCache(Cache):
     """Hands new keys and values back as they are, and remembers which layer they belong to."""
 
-    def __init__(self, step: CompactStep | MaskedStep, caches: Sequence[CacheShape]) -> None:
+    def __init__(
+        self, step: CompactStep | MaskedStep, caches: Sequence[CacheShape], across: Across | None = None
+    ) -> None:
+        """across: for attention to an encoder."""
         super().__init__(layers=[])
         self.step = step
         self.caches = caches
+        self.across = across
         self.masks: list[Mask] = []
         """What the layers handed to attention, in their order."""
         self._last = 0
@@ -73,12 +78,12 @@ class BridgeCache(Cache):
         return self.step.past[0][0].shape[2]
 
 
-_active: list[BridgeCache] = []
+_active: list[BridgeCache | EncoderStep] = []
 
 
 @contextmanager
-def serving(cache: BridgeCache) -> Iterator[None]:
-    """Attention inside the block is that of the cache's step."""
+def serving(cache: BridgeCache | EncoderStep) -> Iterator[None]:
+    """Attention inside the block is that of the cache's step, or an encoder's."""
     _active.append(cache)
     try:
         yield
@@ -86,11 +91,19 @@ def serving(cache: BridgeCache) -> Iterator[None]:
         _active.pop()
 
 
-def current() -> BridgeCache:
+def served() -> BridgeCache | EncoderStep:
     """Raises CheckpointError outside an export."""
     if not _active:
         raise CheckpointError("the pe_onnx attention was called outside an export")
     return _active[-1]
+
+
+def current() -> BridgeCache:
+    """Raises CheckpointError outside a decoder's export."""
+    cache = served()
+    if isinstance(cache, EncoderStep):
+        raise CheckpointError("the attention of its encoder is causal")
+    return cache
 
 
 def attend(
@@ -105,12 +118,14 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """``[B, H, T, D]``, ``[B, K, T, D]`` and ``[B, K, T, E]`` to ``[B, T, H, E]``.
 
     sliding_window is what flash attention would use; eager attention, which we follow, knows the mask alone. bias:
-    ``[B or 1, H or 1, T, S]`` on the scores, from a family's file. Raises CheckpointError for what is not understood.
+    ``[B or 1, H or 1, T, S]`` on the scores, from a family's file; T5 calls it position_bias. Raises CheckpointError
+    for what is not understood.
     """
     name = type(module).__name__
     unknown = [key for key, x in others.items() if x is not None and x is not False and key not in IRRELEVANT]
@@ -121,13 +136,19 @@ def attend(
     if not isinstance(attention_mask, Mask):
         kind = "no mask: it is not causal" if attention_mask is None else "a mask that its file builds by itself"
         raise CheckpointError(f"{name} hands its attention {kind}")
+    bias = position_bias if bias is None else bias
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not attention_mask.causal:
-        raise CheckpointError(f"{name}: its attention is bidirectional (is_decoder = true makes a decoder of some)")
+        serving_step = served()
+        across = serving_step if isinstance(serving_step, EncoderStep) else serving_step.across
+        if across is None:
+            raise CheckpointError(f"{name}: its attention is bidirectional (is_decoder = true makes a decoder of some)")
+        return across.attend(module, query, scale, bias, key, value), None
     cache = current()
     cache.masks.append(attention_mask)
     if latent.is_latent(module):
         query = latent.query_of(module, query)
-    (_, H, _, D), K, E = query.shape, key.shape[1], value.shape[-1]
+    H, K, E = query.shape[1], key.shape[1], value.shape[-1]
     layer = cache.layer_of(key, value)
     cached_heads, size = cache.caches[layer]
     if cached_heads != K:
@@ -144,7 +165,7 @@ def attend(
         packed(value),
         num_heads=H,
         kv_heads=K,
-        scale=D**-0.5 if scaling is None else float(scaling),
+        scale=scale,
         bias=bias,
         sinks=s_aux,
         softcap=float(softcap or 0.0),

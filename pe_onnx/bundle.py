@@ -1,5 +1,6 @@
 """The bundle: a folder with ``model.onnx``, its weights, a manifest, configuration and tokenizer files.
 
+That of an encoder-decoder has ``encoder_model.onnx`` and ``decoder_model.onnx`` instead, over one file of weights.
 Written beside its place and renamed: a run that is killed at any moment leaves the old bundle or none. The manifest
 holds the SHA-256 of every other file.
 """
@@ -25,8 +26,10 @@ from pe_onnx.errors import BundleError, ConfigError, ExportError
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+ENCODER = "encoder_model.onnx"
+DECODER = "decoder_model.onnx"
 WEIGHTS = "model.onnx.data"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,29 @@ class Bundle:
 
     @property
     def model(self) -> Path:
-        return self.folder / MODEL
+        """The decoder's file."""
+        return self.folder / (MODEL if self.crossing is None else DECODER)
+
+    @property
+    def crossing(self) -> contract.Crossing | None:
+        """What the decoder knows of its encoder; None where it has none."""
+        encoder = self.manifest["model"]["encoder"]
+        return encoder and contract.Crossing(encoder["width"], tuple((K, D) for K, D in encoder["caches"]))
+
+    @property
+    def graphs(self) -> dict[str, tuple[contract.Shapes, contract.Shapes]]:
+        """Inputs and outputs of each ONNX file."""
+        crossing = self.crossing
+        decoder = (
+            contract.input_shapes(self.caches, crossing),
+            contract.output_shapes(self.caches, self.shape["vocab_size"], self.logits, crossing),
+        )
+        return {MODEL: decoder} if crossing is None else {ENCODER: contract.encoder_shapes(crossing), DECODER: decoder}
+
+    @property
+    def start_token(self) -> int | None:
+        """The token with which the decoder of an encoder-decoder begins; None where its configuration names none."""
+        return (self.manifest["model"]["encoder"] or {}).get("start_token")
 
     @property
     def target(self) -> str:
@@ -149,9 +174,19 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
     for name in ("model", "encoding", "source", "graph", "tools", "proof", "files"):
         require(isinstance(m.get(name), dict), name)
     require(count(m["model"].get("vocab_size")), "model.vocab_size")
-    caches = m["model"].get("caches")
-    pairs = isinstance(caches, list) and all(isinstance(c, list) and len(c) == 2 for c in caches)
-    require(bool(caches) and pairs and all(count(size) for cache in caches for size in cache), "model.caches")
+
+    def sizes(caches: Any) -> bool:
+        pairs = isinstance(caches, list) and all(isinstance(c, list) and len(c) == 2 for c in caches)
+        return bool(caches) and pairs and all(count(size) for cache in caches for size in cache)
+
+    require(sizes(m["model"].get("caches")), "model.caches")
+    encoder = m["model"].get("encoder", False)
+    if encoder is not None:
+        require(isinstance(encoder, dict) and count(encoder.get("width")), "model.encoder.width")
+        same = sizes(encoder.get("caches")) and len(encoder["caches"]) == len(m["model"]["caches"])
+        require(same, "model.encoder.caches")
+        start = encoder.get("start_token")
+        require(start is None or (isinstance(start, int) and not isinstance(start, bool)), "model.encoder.start_token")
     for name in ("trained_length", "max_length"):
         require(name in m["model"] and (m["model"][name] is None or count(m["model"][name])), f"model.{name}")
     require(isinstance(m["encoding"].get("name"), str), "encoding.name")
@@ -166,7 +201,8 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
         require(isinstance(m["graph"].get(name), kind), f"graph.{name}")
     require(isinstance(m["proof"].get("verified"), bool), "proof.verified")
     require("tokenizer" in m and (m["tokenizer"] is None or isinstance(m["tokenizer"], dict)), "tokenizer")
-    require(MODEL in m["files"], f"files.{MODEL}")
+    for name in (MODEL,) if encoder is None else (ENCODER, DECODER):
+        require(name in m["files"], f"files.{name}")
     for name, entry in m["files"].items():
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         whole = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
@@ -249,7 +285,7 @@ def _holds_bundle(folder: Path) -> bool:
     except OSError:
         return False
     except ValueError:
-        return (folder / MODEL).is_file()
+        return any((folder / name).is_file() for name in (MODEL, DECODER))
 
 
 def _missing_parents(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ with needs("export", "'pe-onnx[export]'"):
     from torch import nn
 
 from pe_onnx.models.exportable import Exportable, from_config
+from pe_onnx.models.parts import parts
 from pe_onnx.models.proof import Proof, of_module
 from pe_onnx.tracing import Progress, to_onnx
 from pe_onnx.writing import write
@@ -106,12 +107,16 @@ def export(
         elif model is not None:
             with needs("a checkpoint", "'pe-onnx[export]'"):
                 from pe_onnx.models import rope_scaling as scalings
+                from pe_onnx.models import seq2seq
                 from pe_onnx.models.bridge import from_checkpoint
+                from pe_onnx.models.checkpoint import is_seq2seq
 
             scaling = scalings.parse(rope_scaling) if rope_scaling else None
-            exportable = from_checkpoint(
-                Path(model), cast(contract.Target, target), last_only, scaling, bool(follow_transformers)
-            )
+            path, kind = Path(model), cast(contract.Target, target)
+            if is_seq2seq(path) and not scaling:
+                exportable = seq2seq.from_checkpoint(path, kind, last_only, bool(follow_transformers))
+            else:
+                exportable = from_checkpoint(path, kind, last_only, scaling, bool(follow_transformers))
         else:
             assert source is not None
             if dtype == "fp16":
@@ -122,8 +127,9 @@ def export(
             logits = found
         if dtype == "fp16":
             _halve(exportable.module)
-        onnx_model = to_onnx(exportable, target, dtype, logits, progress)
-        return write(onnx_model, exportable, Path(output), target, dtype, logits, force, verify, progress)
+        graphs = parts(exportable, getattr(torch, contract.DTYPES[dtype]), logits)
+        models = {part.file: to_onnx(part, exportable.max_length, target, dtype, progress) for part in graphs}
+        return write(models, exportable, Path(output), target, dtype, logits, force, verify, progress)
 
 
 class FloatLogits(nn.Module):

@@ -156,5 +156,51 @@ def plain_with_cache(decoder: Decoder) -> Forward:
     return forward
 
 
+class TransformersSeq2Seq:
+    """An encoder-decoder of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def encode(self, source: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """int64 ``[S]`` to float32 ``[S, C]``."""
+        ids = torch.from_numpy(source)[None]
+        return self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0].float().numpy()
+
+    @torch.no_grad()
+    def decode(self, hidden: np.ndarray[Any, Any], ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """An encoder's output ``[S, C]`` and tokens int64 ``[1, T]`` to logits ``[1, T, V]``."""
+        output = self.model(
+            encoder_outputs=(torch.from_numpy(hidden)[None],),
+            attention_mask=torch.ones(1, len(hidden), dtype=torch.int64),
+            decoder_input_ids=torch.from_numpy(ids),
+            use_cache=False,
+        )
+        return output.logits.float().numpy()
+
+
+def seq2seq(manifest: Mapping[str, Any], reference: Any = None) -> tuple[Any, str]:
+    """The reference of an encoder-decoder, and its name. Raises CheckpointError where it is not to be had."""
+    if reference is None:
+        reference = Path(manifest["source"]["path"])
+        if not reference.exists():
+            raise CheckpointError(f"the bundle's checkpoint {reference} is gone; name it with --reference")
+    if isinstance(reference, str | Path):
+        from pe_onnx.exporter import silenced
+
+        with needs("a checkpoint", "'pe-onnx[export]'"):
+            from pe_onnx.models.checkpoint import load_model
+        with silenced():
+            return TransformersSeq2Seq(load_model(Path(reference))), f"transformers, {reference}"
+    if is_module(reference):
+        return TransformersSeq2Seq(reference), type(reference).__name__
+    if hasattr(reference, "encode") and hasattr(reference, "decode"):
+        return reference, type(reference).__name__
+    raise CheckpointError(
+        f"reference = {reference!r} must be a checkpoint's path or an encoder-decoder of transformers"
+    )
+
+
 def is_module(value: object) -> bool:
     return isinstance(value, torch.nn.Module)

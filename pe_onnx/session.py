@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,9 +52,10 @@ def _missing_for_cuda() -> str | None:
 
 
 class Session:
-    """An onnxruntime session of a bundle.
+    """An onnxruntime session of one of a bundle's graphs.
 
-    provider: ``cpu``, ``cuda`` or ``auto``. threads: of one operator, 0 for one a physical core.
+    provider: ``cpu``, ``cuda`` or ``auto``. threads: of one operator, 0 for one a physical core. graph: its file, by
+    default the decoder.
     Raises ProviderError where the provider cannot be had, BundleError where onnxruntime refuses the model.
     """
 
@@ -64,6 +66,7 @@ class Session:
         threads: int = 0,
         options: Mapping[str, str] | None = None,
         optimize: bool = True,
+        graph: str | None = None,
     ) -> None:
         wanted = resolve_provider(provider)
         if not 0 <= threads <= MAX_THREADS:
@@ -76,10 +79,12 @@ class Session:
         for key, value in (options or {}).items():
             session_options.add_session_config_entry(key, value)
         self.bundle = bundle
+        self.model = bundle.folder / (graph or bundle.model.name)
+        self.inputs, self.outputs = bundle.graphs[self.model.name]
         self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
         providers = [wanted] if self.device == "cpu" else [wanted, PROVIDERS["cpu"]]
         try:
-            self.inference = onnxruntime.InferenceSession(str(bundle.model), session_options, providers=providers)
+            self.inference = onnxruntime.InferenceSession(str(self.model), session_options, providers=providers)
         except Exception as error:
             raise self._failed("load", error) from error
         if wanted not in self.inference.get_providers():
@@ -90,19 +95,18 @@ class Session:
 
     def _check_contract(self) -> None:
         """Raises BundleError where the model's inputs and outputs are not what the manifest says."""
-        shape, dtype = self.bundle.shape, {"float32": "float", "float16": "float16"}[self.bundle.cache_dtype]
-        caches = self.bundle.caches
+        dtype = {"float32": "float", "float16": "float16"}[self.bundle.cache_dtype]
         for values, wanted in (
-            (self.inference.get_inputs(), contract.input_shapes(caches)),
-            (self.inference.get_outputs(), contract.output_shapes(caches, shape["vocab_size"], self.bundle.logits)),
+            (self.inference.get_inputs(), self.inputs),
+            (self.inference.get_outputs(), self.outputs),
         ):
             if [value.name for value in values] != list(wanted):
-                raise BundleError(f"{self.bundle.model}: inputs or outputs are not those of its manifest")
+                raise BundleError(f"{self.model}: inputs or outputs are not those of its manifest")
             for value in values:
-                cache = value.name.startswith(("past", "present"))
-                if list(value.shape) != list(wanted[value.name]) or (cache and value.type != f"tensor({dtype})"):
+                other = contract.in_cache_dtype(value.name) and value.type != f"tensor({dtype})"
+                if list(value.shape) != list(wanted[value.name]) or other:
                     raise BundleError(
-                        f"{self.bundle.model}: {value.name} is {value.type} {value.shape}, its manifest says "
+                        f"{self.model}: {value.name} is {value.type} {value.shape}, its manifest says "
                         f"{list(wanted[value.name])}, {self.bundle.cache_dtype}"
                     )
 
@@ -123,7 +127,7 @@ class Session:
 
     def _failed(self, what: str, error: Exception) -> BundleError:
         reason = str(error).strip().split("\n", 1)[0]
-        return BundleError(f"onnxruntime cannot {what} {self.bundle.model}: {reason}")
+        return BundleError(f"onnxruntime cannot {what} {self.model}: {reason}")
 
     def binding(self) -> Any:
         """An empty onnxruntime IOBinding."""
@@ -182,3 +186,8 @@ class DeviceArray:
             list(self.shape if shape is None else shape),
             self.address + offset * self.dtype.itemsize,
         )
+
+    def bind_rows(self, binding: Any, name: str, row: int, rows: int, output: bool = False) -> None:
+        """Bind the part ``[row : row + rows]`` of the first axis."""
+        shape = self.shape[1:]
+        self.bind(binding, name, output, (rows, *shape), row * math.prod(shape))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from pe_onnx import __version__, contract
+from pe_onnx import __version__
+from pe_onnx.bundle import ENCODER
 from pe_onnx.errors import ConfigError, ExportError, PeOnnxError, needs
 
 with needs("export", "'pe-onnx[export]'"):
@@ -19,7 +20,7 @@ with needs("export", "'pe-onnx[export]'"):
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
 from pe_onnx.custom_ops import OPSET, translation_table
-from pe_onnx.models.exportable import Exportable
+from pe_onnx.models.parts import Part
 from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.fused_norms import FusedNorms
 from pe_onnx.passes.lean import lean
@@ -33,30 +34,19 @@ Progress = Callable[[str], None]
 
 
 def to_onnx(
-    exportable: Exportable, target: str, dtype: str, logits: str, progress: Progress = lambda stage: None
+    part: Part, limit: int | None, target: str, dtype: str, progress: Progress = lambda stage: None
 ) -> ir.Model:
-    """The ONNX model in memory, weights still the module's own."""
+    """The ONNX model in memory, weights still the module's own. limit: tokens the encoding can take."""
     progress("trace")
-    torch_dtype = getattr(torch, contract.DTYPES[dtype])
-    E = exportable
-    # sizes that differ from each other and from 1, lest two dimensions be taken for one, and a tensor of its own for
-    # each input, lest two inputs be
-    batch, new, before = 2, 3, 5
-    past = [tuple(torch.zeros(batch, K, before, D, dtype=torch_dtype) for _ in range(2)) for K, D in E.caches]
-    lengths = (new, before + new, new)
-    args = (*(torch.ones(batch, length, dtype=torch.int64) for length in lengths), past)
-    dynamic = torch.export.Dim.DYNAMIC
-    rows = {0: dynamic, 1: dynamic}
-    shapes = (rows, rows, rows, [({0: dynamic, 2: dynamic},) * 2] * len(E.caches))
     try:
         with torch.no_grad():
-            program = torch.export.export(E.module, args, dynamic_shapes=shapes, strict=False)
-        _check_lengths(program, E.max_length)
+            program = torch.export.export(part.module, part.args, dynamic_shapes=part.dynamic_shapes, strict=False)
+        _check_lengths(program, limit)
         progress("translate")
         onnx_program = torch.onnx.export(
             program,
-            input_names=list(contract.input_shapes(E.caches)),
-            output_names=["logits", *contract.present_names(len(E.caches))],
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
             opset_version=OPSET,
             custom_translation_table=translation_table(),
             optimize=False,
@@ -76,11 +66,8 @@ def to_onnx(
         fuse_rms_normalization(model)  # those whose differences it has found equal (Cohere)
         lean()(model)
         optimizer.optimize_ir(model, inline=False)
-        ContractNames(
-            contract.input_shapes(E.caches),
-            contract.output_shapes(E.caches, E.vocab_size, logits),
-            {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype],
-        )(model)
+        cache_dtype = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype]
+        ContractNames(part.inputs, part.outputs, cache_dtype)(model)
     except PeOnnxError:
         raise
     except Exception as error:
@@ -92,7 +79,7 @@ def to_onnx(
     if target == "ort":
         model.opset_imports["com.microsoft"] = 1
     model.producer_name, model.producer_version = "pe-onnx", __version__
-    model.graph.name = "decoder"
+    model.graph.name = "encoder" if part.file == ENCODER else "decoder"
     model.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pe_onnx import contract
-from pe_onnx.bundle import Bundle
+from pe_onnx.bundle import ENCODER, Bundle
 from pe_onnx.errors import ExportError
 from pe_onnx.models.attention import LayerCache
 from pe_onnx.models.proof import Feed, Proof
+from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 from pe_onnx.session import Session
 from pe_onnx.tolerance import PROOF, TOLERANCES
 
 
-def verify(bundle: Bundle, proof: Proof) -> dict[str, Any]:
+def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
     """The manifest's entry: the greatest error of a logit, of the logits' spread, and what is allowed.
 
     Raises ExportError where the bundle exceeds it, BundleError where onnxruntime cannot load or run it.
     """
-    session = Session(bundle)
-    inputs = [*contract.TOKEN_INPUTS, *contract.past_names(len(bundle.caches))]
-
-    def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
-        tensors = [feed.input_ids, feed.attention_mask, feed.position_ids, *(x for layer in past for x in layer)]
-        outputs = session.evaluate(dict(zip(inputs, (x.numpy() for x in tensors), strict=True)))
-        logits, *present = (torch.from_numpy(x) for x in outputs)
-        return logits, list(zip(present[::2], present[1::2], strict=True))
-
     dtype = getattr(torch, contract.DTYPES[bundle.manifest["dtype"]])
-    error = proof.error(run, bundle.manifest["target"], bundle.caches, dtype)
+    decoder = Session(bundle)
+    options = (bundle.manifest["target"], bundle.caches, dtype)
+    if isinstance(proof, Seq2SeqProof):
+        encoder = Session(bundle, graph=ENCODER)
+
+        def encode(*sources: torch.Tensor) -> torch.Tensor:
+            return _run(encoder, sources)[0]
+
+        def decode(ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor, *others: Any) -> Any:
+            later = others[-1][0][2].shape[2] > 0  # then the graph must not need the encoder's output
+            return _cached(decoder, ids, mask, hidden[:, :0] if later else hidden, *others)
+
+        error = proof.error(encode, decode, *options)
+    else:
+
+        def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
+            return _cached(decoder, feed.input_ids, feed.attention_mask, feed.position_ids, past)
+
+        error = proof.error(run, *options)
     allowed = PROOF * TOLERANCES[bundle.manifest["dtype"]].error
     if not error <= allowed:
         raise ExportError(
@@ -38,3 +49,17 @@ def verify(bundle: Bundle, proof: Proof) -> dict[str, Any]:
             f"{error:.1e} of their spread, {bundle.manifest['dtype']} allows {allowed:.0e}; nothing was written"
         )
     return {"verified": True, "on": proof.description, "relative_error": float(f"{error:.2e}"), "allowed": allowed}
+
+
+def _run(session: Session, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors in graph order to all outputs."""
+    feeds = dict(zip(session.inputs, (x.numpy() for x in tensors), strict=True))
+    return [torch.from_numpy(x) for x in session.evaluate(feeds)]
+
+
+def _cached(session: Session, *feeds: Any) -> tuple[torch.Tensor, list[Any]]:
+    """Tensors, last the caches of each layer, to logits and presents likewise."""
+    *tensors, past = feeds
+    logits, *flat = _run(session, [*tensors, *(x for layer in past for x in layer)])
+    presents = iter(flat)
+    return logits, [tuple(next(presents) for _ in layer) for layer in past]

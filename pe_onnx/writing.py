@@ -1,4 +1,4 @@
-"""An ONNX model and what its manifest says of it, written to a bundle and proven there."""
+"""ONNX models and what their manifest says of them, written to a bundle and proven there."""
 
 from __future__ import annotations
 
@@ -7,30 +7,37 @@ import gc
 import importlib.metadata
 import json
 import platform
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pe_onnx import __version__, contract
-from pe_onnx.bundle import FORMAT, MODEL, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
+from pe_onnx.bundle import DECODER, FORMAT, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
 from pe_onnx.errors import needs
 
 with needs("export", "'pe-onnx[export]'"):
-    import onnx
     import onnx_ir as ir
+    import torch
     from torch import nn
 
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.tracing import Progress
 
 EMBED_BELOW_BYTES = 1 << 20
-"""Weights smaller than this stand in model.onnx itself."""
+"""Weights smaller than this stand in the ONNX file itself."""
+EXTERNAL_FROM_BYTES = 257
+"""Smaller tensors stand in the ONNX file in any case."""
+
+MERGED = "decoder_model_merged.onnx"
+"""Under this name optimum looks for one graph of the first and the later steps."""
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
 
 
 def write(
-    model: ir.Model,
+    models: Mapping[str, ir.Model],
     exportable: Exportable,
     output: Path,
     target: str,
@@ -40,17 +47,18 @@ def write(
     verify: bool,
     progress: Progress,
 ) -> Bundle:
-    manifest = _manifest(model, exportable, target, dtype, logits)
-    for key in ("encoding", "target", "dtype", "logits", "tools"):
-        value = manifest[key]
-        model.metadata_props[f"pe_onnx.{key}"] = value if isinstance(value, str) else json.dumps(value)
-    model.metadata_props["pe_onnx.contract"] = str(contract.VERSION)
+    """models: by file name."""
+    manifest = _manifest(models, exportable, target, dtype, logits)
+    for model in models.values():
+        for key in ("encoding", "target", "dtype", "logits", "tools"):
+            value = manifest[key]
+            model.metadata_props[f"pe_onnx.{key}"] = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props["pe_onnx.contract"] = str(contract.VERSION)
     progress("write")
     with write_bundle(output, manifest, force) as folder:
-        embedded = manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES
-        ir.save(model, folder / MODEL, external_data=None if embedded else WEIGHTS)
-        if not embedded:
-            _add_metadata(folder / MODEL, "pe_onnx.weights_sha256", sha256(folder / WEIGHTS))
+        _save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
+        if target == "portable" and DECODER in models:
+            shutil.copyfile(folder / DECODER, folder / MERGED)
         for name, values in (
             ("config", exportable.config),
             ("generation_config", exportable.generation_config),
@@ -60,8 +68,9 @@ def write(
         manifest["proof"] = {"verified": False}
         if verify and exportable.proof is not None:
             progress("verify")
-            for value in model.graph.initializers.values():
-                value.const_value = None
+            for model in models.values():
+                for value in model.graph.initializers.values():
+                    value.const_value = None
             exportable.module = nn.Module()
             gc.collect()  # the place of the weights is onnxruntime's now
             from pe_onnx.verification import verify as run_proof  # needs onnxruntime
@@ -70,15 +79,40 @@ def write(
     return read_bundle(output, verify=False)
 
 
-def _add_metadata(path: Path, key: str, value: str) -> None:
-    """To a model whose weights stand in another file, which is not touched."""
-    proto = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(proto, {**{p.key: p.value for p in proto.metadata_props}, key: value})
-    path.write_bytes(proto.SerializeToString())
+def _save(models: Mapping[str, ir.Model], folder: Path, embedded: bool) -> None:
+    """The ONNX files, and one file of weights for all of them, in which each tensor stands once."""
+    large: dict[int, list[ir.Value]] = {}
+    for model in models.values():
+        for value in model.graph.initializers.values():
+            if not embedded and value.const_value is not None and value.const_value.nbytes >= EXTERNAL_FROM_BYTES:
+                large.setdefault(_storage(value.const_value), []).append(value)
+    if large:
+        tensors = [tensor for values in large.values() if (tensor := values[0].const_value) is not None]
+        external = ir.external_data.convert_tensors_to_external(tensors, folder, WEIGHTS)
+        for values, tensor in zip(large.values(), external, strict=True):
+            for value in values:
+                value.const_value = tensor
+        checksum = sha256(folder / WEIGHTS)
+    for name, model in models.items():
+        if large:
+            model.metadata_props["pe_onnx.weights_sha256"] = checksum
+        ir.save(model, folder / name)
 
 
-def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
-    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph)
+def _storage(tensor: ir.TensorProtocol) -> int:
+    """Of tensors that are the same parameter of a module the same number."""
+    raw = getattr(tensor, "raw", None)
+    return raw.data_ptr() if isinstance(raw, torch.Tensor) else id(tensor)
+
+
+def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
+    graphs = [model.graph for model in models.values()]
+    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for graph in graphs for node in graph)
+    functions = {f"{f.domain}::{f.name}" for model in models.values() for f in model.functions.values()}
+    weights = {
+        _storage(v.const_value): v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value
+    }
+    crossing = e.crossing
     return {
         "format": FORMAT,
         "contract": contract.VERSION,
@@ -96,14 +130,20 @@ def _manifest(model: ir.Model, e: Exportable, target: str, dtype: str, logits: s
             "vocab_size": e.vocab_size,
             "trained_length": e.trained_length,
             "max_length": e.max_length,
+            "encoder": crossing
+            and {
+                "width": crossing.width,
+                "caches": [list(cache) for cache in crossing.caches],
+                "start_token": e.start_token,
+            },
         },
         "tokenizer": e.tokenizer,
         "source": e.source,
         "graph": {
-            "opsets": dict(model.opset_imports),
+            "opsets": {domain: n for model in models.values() for domain, n in model.opset_imports.items()},
             "operators": dict(counts.most_common()),
-            "functions": sorted(f"{f.domain}::{f.name}" for f in model.functions.values()),
-            "weight_bytes": sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value),
+            "functions": sorted(functions),
+            "weight_bytes": sum(weights.values()),
         },
         "tools": {"pe-onnx": __version__, "python": platform.python_version(), **_tool_versions()},
     }

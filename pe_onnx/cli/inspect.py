@@ -22,8 +22,8 @@ def command(bundle: str, as_json: bool) -> None:
 
     read = read_bundle(bundle)
     m, shape = read.manifest, read.shape
-    inputs = contract.input_shapes(read.caches)
-    outputs = contract.output_shapes(read.caches, shape["vocab_size"], read.logits)
+    graphs = read.graphs
+    inputs, outputs = graphs[read.model.name]
     cache_bytes = read.cache_bytes_per_token
     if as_json:
         print_json({**m, "inputs": inputs, "outputs": outputs, "cache_bytes_per_token": cache_bytes})

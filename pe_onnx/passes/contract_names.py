@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from pe_onnx.contract import in_cache_dtype
 from pe_onnx.errors import ExportError
 
 Shapes = Mapping[str, tuple[str | int, ...]]
@@ -49,8 +50,9 @@ class ContractNames(ir.passes.InPlacePass):
             if isinstance(want, str) and isinstance(have, int):
                 raise ExportError(f"{value.name}: {want} is fixed at {have}; the module's code ties it to a number")
         name = value.name or ""
-        cached = name.startswith(("past_key_values", "present"))
-        wanted = self.cache_dtype if cached else ir.DataType.FLOAT if name == "logits" else ir.DataType.INT64
+        wanted = (
+            self.cache_dtype if in_cache_dtype(name) else ir.DataType.FLOAT if name == "logits" else ir.DataType.INT64
+        )
         if value.dtype != wanted:
             raise ExportError(f"{name} has dtype {value.dtype}, and the graph contract {wanted}")
         value.shape = ir.Shape(shape)

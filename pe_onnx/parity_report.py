@@ -1,0 +1,109 @@
+"""A parity check's figures: what each mode compared, how far apart the two sides were, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pe_onnx.tolerance import Tolerance
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class ModeResult:
+    """One way of running the same tokens."""
+
+    mode: str
+    positions: int = 0
+    """Positions compared."""
+    max_abs_error: float = 0.0
+    relative_error: float = 0.0
+    """max_abs_error over the spread of the reference's logits."""
+    kl: float = 0.0
+    """Mean Kullback-Leibler divergence of the bundle from the reference, nats."""
+    top1_agreement: float = 1.0
+    near_ties: int = 0
+    """Disagreements between tokens that are nearly tied in the reference."""
+    first_difference: str | None = None
+    """The first row and position over the tolerance."""
+    passed: bool = True
+
+
+@dataclass
+class ParityReport:
+    """All modes, and the verdict."""
+
+    bundle: str
+    reference: str
+    dtype: str
+    tolerance: Tolerance
+    spread: float
+    modes: list[ModeResult] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(mode.passed for mode in self.modes)
+
+    @property
+    def relative_error(self) -> float:
+        """The worst of all modes."""
+        return max(mode.relative_error for mode in self.modes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; a figure that is not finite is None."""
+        values = asdict(self)
+        for mode in values["modes"]:
+            mode.update({k: None for k, x in mode.items() if isinstance(x, float) and not np.isfinite(x)})
+        return {**values, "tolerance": self.tolerance._asdict(), "passed": self.passed}
+
+
+class Account:
+    """Adds up one mode's figures position by position."""
+
+    def __init__(self, mode: str, spread: float, allowed: Tolerance) -> None:
+        self.result = ModeResult(mode)
+        self.spread = spread
+        self.allowed = allowed
+        self.agreed = 0
+        self.divergence = 0.0
+
+    def add(self, where: str, expected: Array, logits: Array) -> None:
+        result = self.result
+        want, have = expected.astype(np.float64), logits.astype(np.float64)
+        error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
+        best, chosen = int(want.argmax()), int(have.argmax())
+        near = best != chosen and want[best] - want[chosen] <= self.allowed.near_tie * self.spread
+        same = best == chosen or near
+        result.positions += 1
+        result.max_abs_error = max(result.max_abs_error, error)
+        result.near_ties += near
+        self.agreed += same
+        log_p, log_q = _log_softmax(want), _log_softmax(have)
+        self.divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
+        if result.first_difference is None and error > self.allowed.error * self.spread:
+            result.first_difference = where
+
+    def add_values(self, where: str, expected: Array, values: Array) -> None:
+        """Of numbers that are no logits: their error alone counts."""
+        error = float(np.abs(values - expected).max()) if np.isfinite(values).all() else float("inf")
+        self.result.positions += 1
+        self.agreed += 1
+        self.result.max_abs_error = max(self.result.max_abs_error, error)
+        if self.result.first_difference is None and error > self.allowed.error * self.spread:
+            self.result.first_difference = where
+
+    def finish(self) -> ModeResult:
+        result = self.result
+        result.relative_error = result.max_abs_error / self.spread
+        result.kl = self.divergence / result.positions
+        result.top1_agreement = self.agreed / result.positions
+        result.passed = result.relative_error <= self.allowed.error and result.top1_agreement >= self.allowed.top1
+        return result
+
+
+def _log_softmax(x: Array) -> Array:
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())

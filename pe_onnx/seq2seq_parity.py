@@ -1,0 +1,98 @@
+"""What a parity check of an encoder-decoder has beside a decoder's: sources, the encoder's output, and beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from pe_onnx.bundle import Bundle
+from pe_onnx.errors import InputError
+from pe_onnx.parity_report import Account, ModeResult
+from pe_onnx.session import Session
+from pe_onnx.sources import Sources
+from pe_onnx.tolerance import Tolerance
+
+Array = np.ndarray[Any, Any]
+
+ENCODER, BEAMS = "encoder", "beams"
+MODES = (ENCODER, BEAMS)
+
+
+class Seq2SeqReference(Protocol):
+    """PyTorch's side."""
+
+    def encode(self, source: Array) -> Array:
+        """int64 ``[S]`` to float32 ``[S, C]``."""
+        ...
+
+    def decode(self, hidden: Array, ids: Array) -> Array:
+        """An encoder's output and tokens int64 ``[1, T]`` to float32 logits ``[1, T, V]``, all in one run."""
+        ...
+
+
+class Requests:
+    """The sources of a check's rows, and what the reference makes of them."""
+
+    def __init__(
+        self, encoder: Session, decoder: Session, sources: Sequence[Array], reference: Seq2SeqReference
+    ) -> None:
+        self.encoder, self.decoder, self.sources = encoder, decoder, sources
+        self.reference = reference
+        self.hidden = [reference.encode(source) for source in sources]
+
+    def of(self, rows: Sequence[int]) -> Sources:
+        """The sources of some rows, run through the bundle's encoder."""
+        return Sources(self.encoder, self.decoder, [self.sources[row].tolist() for row in rows])
+
+    def reference_of(self, row: int) -> Callable[[Array], Array]:
+        """Token ids ``[B, T]`` to logits over the row's source."""
+        return lambda ids: self.reference.decode(self.hidden[row], ids)
+
+    def compare(self, mode: str, allowed: Tolerance) -> ModeResult:
+        """One of MODES."""
+        return {ENCODER: self.compare_encoder, BEAMS: self.compare_beams}[mode](allowed)
+
+    def compare_encoder(self, allowed: Tolerance) -> ModeResult:
+        """Each source alone at odd lengths too, then all in one batch, padded on either side."""
+        account = Account(ENCODER, float(np.concatenate(self.hidden).std()), allowed)
+        for b, source in enumerate(self.sources):
+            for n in sorted({1, 2, source.size // 3 | 1, source.size}):
+                want = self.hidden[b] if n == source.size else self.reference.encode(source[:n])
+                ids = source[None, :n]
+                account.add_values(f"source {b} of {n} tokens", want, self._encode(ids, np.ones_like(ids))[0])
+        S = max(source.size for source in self.sources)
+        for side in ("left", "right"):
+            ids, mask = np.zeros((2, len(self.sources), S), np.int64)
+            slots = [slice(S - n, S) if side == "left" else slice(0, n) for n in (x.size for x in self.sources)]
+            for b, (source, at) in enumerate(zip(self.sources, slots, strict=True)):
+                ids[b, at], mask[b, at] = source, 1
+            hidden = self._encode(ids, mask)
+            for b, at in enumerate(slots):
+                account.add_values(f"source {b}, padded on the {side}", self.hidden[b], hidden[b, at])
+        return account.finish()
+
+    def _encode(self, ids: Array, mask: Array) -> Array:
+        return self.encoder.evaluate({"input_ids": ids, "attention_mask": mask})[0].astype(np.float32)
+
+
+def targets(bundle: Bundle, sources: Sequence[Array], tokens: int, seed: int) -> list[Array]:
+    """Random rows of decoder tokens, one for each source, that begin with the start token."""
+    rng = np.random.default_rng(seed + 1)
+    start = 0 if bundle.start_token is None else bundle.start_token
+    return [np.append(start, rng.integers(0, bundle.shape["vocab_size"], tokens - 1)) for _ in sources]
+
+
+def ragged(sources: Sequence[Array]) -> list[Array]:
+    """Random sources cut to different lengths."""
+    return [source[: max(1, source.size * (4 - b % 4) // 4)] for b, source in enumerate(sources)]
+
+
+def check_start(bundle: Bundle) -> int:
+    """The token the decoder begins with. Raises InputError where the checkpoint names none."""
+    if bundle.start_token is None:
+        raise InputError(
+            f"bundle {bundle.folder}: its checkpoint names no decoder_start_token_id, with which a decoder begins"
+        )
+    return bundle.start_token
