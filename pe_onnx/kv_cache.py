@@ -16,6 +16,7 @@ import numpy as np
 
 from pe_onnx import contract
 from pe_onnx.errors import ConfigError, InputError
+from pe_onnx.reordering import checked_parents, common_prefix, reorder_rows
 from pe_onnx.session import DeviceArray, Session
 
 Tokens = Sequence[int]
@@ -92,11 +93,9 @@ class KVCache(ABC):
 
         active: bool ``[B]``; a row that is not keeps its length, and its logits mean nothing.
         """
-        ids = _as_ids(tokens)
+        ids = _as_ids(tokens, self.vocab_size)
         if ids.size != self.batch_size:
             raise InputError(f"{ids.size} tokens for a cache of {self.batch_size} rows")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise InputError(f"token id {_first_outside(ids, self.vocab_size)} must be in 0..{self.vocab_size - 1}")
         moving = np.ones(self.batch_size, bool) if active is None else active
         self._check_length(int(self.lengths.max(initial=0, where=moving)) + 1)
         logits = self._decode(ids, moving)
@@ -104,6 +103,26 @@ class KVCache(ABC):
         for b in np.flatnonzero(moving):
             self.tokens[b].append(int(ids[b]))
         return logits
+
+    def expand(self, copies: int) -> None:
+        """Make of each row b ``copies`` rows, from ``b * copies`` on."""
+        self._take(np.repeat(np.arange(self.batch_size), copies))
+
+    def reorder(self, parents: Sequence[int] | Array) -> int:
+        """Make each row b what row ``parents[b]`` was, and return the bytes of keys and values that moved.
+
+        parents: int64 ``[B]``, any row as often as wanted. Raises InputError for what names no rows.
+        """
+        return self._take(checked_parents(parents, self.batch_size))
+
+    def _take(self, parents: Array) -> int:
+        if self.path is not None:
+            raise ConfigError("a cache whose runs are noted in a path cannot exchange its rows")
+        moved = self._take_rows(parents)
+        self.lengths = self.lengths[parents]
+        self.tokens = [self.tokens[p] if b == p else list(self.tokens[p]) for b, p in enumerate(parents)]
+        self.batch_size = len(parents)
+        return moved
 
     def reserve(self, tokens: int) -> None:  # noqa: B027
         """Make room for ``tokens`` a row ahead of time, where the cache is preallocated."""
@@ -114,17 +133,19 @@ class KVCache(ABC):
         """Bytes of keys and values held."""
 
     @abstractmethod
+    def _take_rows(self, parents: Array) -> int:
+        """Keys and values of row b become those of row ``parents[b]``; there may be more rows then. Returns bytes."""
+
+    @abstractmethod
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]: ...
 
     @abstractmethod
     def _decode(self, ids: Array, moving: Array) -> Array: ...
 
     def _checked(self, row: Tokens, length: int) -> Array:
-        ids = _as_ids(row)
+        ids = _as_ids(row, self.vocab_size)
         if ids.size == 0:
             raise InputError("a prompt has no tokens; give at least one")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise InputError(f"token id {_first_outside(ids, self.vocab_size)} must be in 0..{self.vocab_size - 1}")
         self._check_length(length + ids.size)
         return ids
 
@@ -151,9 +172,6 @@ class InPlaceCache(KVCache):
         super().__init__(session, batch_size, max_length, chunk_tokens)
         self.capacity = 0
         self.buffers: list[DeviceArray] = []
-        rows = (batch_size, 1)
-        self._ids, self._positions = session.array(rows, np.int64), session.array(rows, np.int64)
-        self._logits = session.array((batch_size, 1, self.vocab_size), np.float32)
         self.reserve(min(FIRST_CAPACITY, self.max_length or FIRST_CAPACITY))
 
     @property
@@ -167,25 +185,45 @@ class InPlaceCache(KVCache):
         capacity = max(tokens, 2 * self.capacity)
         if self.max_length is not None:
             capacity = min(capacity, max(tokens, self.max_length))
-        B, caches = self.batch_size, self.session.bundle.caches
-        filled = int(self.lengths.max(initial=0))
+        self._allocate(np.arange(self.batch_size), capacity)
+
+    def _allocate(self, parents: Array, capacity: int) -> None:
+        """New buffers of ``capacity`` slots, row b with what row ``parents[b]`` holds, and all bound."""
+        B, caches = len(parents), self.session.bundle.caches
         for i in range(2 * self.layers):  # one buffer at a time: never two whole caches
             K, D = caches[i // 2]
             grown = self.session.array((B, K, capacity, D), self.session.bundle.cache_dtype)
-            if filled:
-                grown.host[:, :, :filled] = self.buffers[i].download()[:, :, :filled]
+            if self.lengths.any():
+                held = self.buffers[i].download()
+                for b, parent in enumerate(parents):
+                    grown.host[b, :, : self.lengths[parent]] = held[parent, :, : self.lengths[parent]]
                 grown.upload()
             if i < len(self.buffers):
                 self.buffers[i] = grown
             else:
                 self.buffers.append(grown)
         self.capacity = capacity
+        self._ids, self._positions = self.session.array((B, 1), np.int64), self.session.array((B, 1), np.int64)
+        self._logits = self.session.array((B, 1, self.vocab_size), np.float32)
         self._mask = self.session.array((B * capacity,), np.int64)
         self._step = self.session.binding()
         self._ids.bind(self._step, "input_ids")
         self._positions.bind(self._step, "position_ids")
         self._logits.bind(self._step, "logits", output=True)
         self._bind_cache(self._step, 0, B)
+
+    def _take_rows(self, parents: Array) -> int:
+        if len(parents) != self.batch_size:
+            self._allocate(parents, self.capacity)
+            return self.nbytes
+        slots = {b: slice(self._first_difference(b, p), self.lengths[p]) for b, p in enumerate(parents) if b != p}
+        return reorder_rows(self.buffers, parents.tolist(), slots) if slots else 0
+
+    def _first_difference(self, a: int, b: int) -> int:
+        """The slot up to which two rows hold the same keys and values."""
+        if self.session.bundle.path_dependent:
+            return 0  # keys depend on the runs that made them
+        return common_prefix(self.tokens[a], self.tokens[b])
 
     def _bind_cache(self, binding: Any, row: int, rows: int) -> None:
         """Bind rows ``row .. row + rows - 1`` of every buffer as past and present at once."""
@@ -284,6 +322,16 @@ class GrowingCache(KVCache):
     def nbytes(self) -> int:
         return self.mask.size * self.session.bundle.cache_bytes_per_token
 
+    def _take_rows(self, parents: Array) -> int:
+        if np.array_equal(parents, np.arange(self.batch_size)):
+            return 0
+        self.mask = self.mask[parents]
+        for i, past in enumerate(self._past):
+            rows = past.numpy()[parents]
+            self._past[i] = self.session.empty(rows.shape, rows.dtype)
+            self._past[i].update_inplace(rows)
+        return self.nbytes
+
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]:
         longest = max(row.size for row in rows)
         ids = np.zeros((len(rows), longest), np.int64)
@@ -336,16 +384,16 @@ def make_cache(
     return kinds[session.bundle.target](session, batch_size, max_length, chunk_tokens)
 
 
-def _as_ids(tokens: Tokens | Array) -> Array:
-    """int64 ``[n]``. Raises InputError for what is no list of integers of 64 bits."""
+def _as_ids(tokens: Tokens | Array, vocab_size: int) -> Array:
+    """int64 ``[n]``. Raises InputError for what is no list of integers in the vocabulary."""
     try:
         if np.asarray(tokens).dtype.kind == "f" and len(tokens):
             raise ValueError
-        return np.asarray(tokens, np.int64).reshape(-1)
+        ids = np.asarray(tokens, np.int64).reshape(-1)
     except (OverflowError, ValueError, TypeError):
         wrong = next((t for t in tokens if not isinstance(t, int) or not -(2**63) <= t < 2**63), tokens)
         raise InputError(f"token id {wrong!r} must be an integer of 64 bits") from None
-
-
-def _first_outside(ids: Array, vocab_size: int) -> int:
-    return int(ids[(ids < 0) | (ids >= vocab_size)][0])
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise InputError(f"token id {outside[0]} must be in 0..{vocab_size - 1}")
+    return ids

@@ -90,7 +90,7 @@ class Sampler:
         if self.options.temperature == 0 and self.options.repetition_penalty == 1:
             tokens = rows.argmax(axis=1)
             for row, token in enumerate(tokens):
-                _check_peak(rows[row, token], row)
+                check_peak(rows[row, token], row)
             return tokens.astype(np.int64)
         return np.array([self._draw(row, rows[row], histories[row]) for row in range(len(rows))], dtype=np.int64)
 
@@ -117,9 +117,9 @@ def _candidates(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The ids of the tokens left after all steps, and their probabilities up to a factor."""
     if options.repetition_penalty != 1:
-        logits_row = _penalized(logits_row, history, options.repetition_penalty)
+        logits_row = penalized(logits_row, history, options.repetition_penalty)
     best = logits_row.argmax()  # a NaN counts as the largest
-    peak = _check_peak(logits_row[best], row)
+    peak = check_peak(logits_row[best], row)
     if options.temperature == 0:
         return np.array([best], dtype=np.int64), np.ones(1)
     V = len(logits_row)
@@ -140,13 +140,13 @@ def _candidates(
     return ids, weights
 
 
-def _penalized(logits_row: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
+def penalized(logits_row: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
     """A copy of the row with step 1 applied: tokens of the history become less likely if penalty > 1."""
     ids = np.asarray(history, dtype=np.int64)
     ids = ids[(ids >= 0) & (ids < len(logits_row))]
     seen = logits_row[ids]
     penalized = logits_row.copy()
-    with np.errstate(over="ignore"):  # an overflow to infinity is reported by _check_peak
+    with np.errstate(over="ignore"):  # an overflow to infinity is reported by check_peak
         penalized[ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
     return penalized
 
@@ -166,7 +166,7 @@ def _nucleus(p: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     return order[dropped_mass > cut]
 
 
-def _check_peak(peak: np.float32, row: int) -> float:
+def check_peak(peak: np.float32, row: int) -> float:
     """The largest logit of a row, as a float; BundleError if it is no finite number."""
     if not np.isfinite(peak):
         raise BundleError(

@@ -24,7 +24,9 @@ LAYERS = [
     ("tracing", "verification"),
     ("writing",),
     ("exporter",),
+    ("reordering",),
     ("kv_cache", "tokenizer", "sampling"),
+    ("beam_search",),
     ("generate",),
     ("reference",),
     ("parity", "bench"),
@@ -36,7 +38,7 @@ Some places differ from the order in which data flows. The exporter writes its b
 in a ``session``, which know nothing of models: they stand below. ``encoding``, the base class, stands below
 ``encodings``, the files found by name.
 """
-RUNTIME = ("bundle", "session", "kv_cache", "tokenizer", "sampling", "generate")
+RUNTIME = ("bundle", "session", "reordering", "kv_cache", "tokenizer", "sampling", "beam_search", "generate")
 """Never import the export half; what stands above them does, inside functions."""
 
 
