@@ -31,11 +31,10 @@ class EncoderStep:
 
     def __init__(self, attention_mask: torch.Tensor) -> None:
         self.mask = attention_mask != 0
-        self.length = attention_mask.shape[1]
 
     def relative_bias(self, weight: torch.Tensor, max_distance: int) -> torch.Tensor:
         """What this step's attention takes as T5's bias, to be made once for all layers that share a table."""
-        return relative_band(weight, self.length, max_distance)
+        return relative_band(weight, max_distance)
 
     def attend(
         self, module: nn.Module, query: torch.Tensor, scale: float, bias: torch.Tensor | None, *projected: torch.Tensor

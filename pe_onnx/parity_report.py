@@ -86,6 +86,15 @@ class Account:
         if result.first_difference is None and error > self.allowed.error * self.spread:
             result.first_difference = where
 
+    def add_choice(self, where: str, same: bool, difference: float) -> None:
+        """Of choices of the two sides, and by how much the scores of what they chose differ."""
+        near = not same and difference <= self.allowed.near_tie
+        self.result.positions += 1
+        self.result.near_ties += near
+        self.agreed += same or near
+        if not (same or near) and self.result.first_difference is None:
+            self.result.first_difference = where
+
     def add_values(self, where: str, expected: Array, values: Array) -> None:
         """Of numbers that are no logits: their error alone counts."""
         error = float(np.abs(values - expected).max()) if np.isfinite(values).all() else float("inf")

@@ -179,6 +179,32 @@ class TransformersSeq2Seq:
         )
         return output.logits.float().numpy()
 
+    @torch.no_grad()
+    def beams(
+        self, source: np.ndarray[Any, Any], start: int, num_beams: int, tokens: int, ends: list[int]
+    ) -> tuple[list[int], float]:
+        """The best hypothesis of transformers' own beam search and its score, whatever its generation_config says."""
+        from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+
+        ids = torch.from_numpy(source)[None]
+        config = GenerationConfig(
+            num_beams=num_beams,
+            max_new_tokens=tokens,
+            do_sample=False,
+            decoder_start_token_id=start,
+            eos_token_id=ends or None,
+            pad_token_id=start,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        # generate's own cache has as many layers as the encoder
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        mask = torch.ones_like(ids)
+        made = self.model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+        new = made.sequences[0, 1:].tolist()
+        stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+        return new[:stop], float(made.sequences_scores[0])
+
 
 def seq2seq(manifest: Mapping[str, Any], reference: Any = None) -> tuple[Any, str]:
     """The reference of an encoder-decoder, and its name. Raises CheckpointError where it is not to be had."""

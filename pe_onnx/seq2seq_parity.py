@@ -7,15 +7,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pe_onnx.beam_search import BeamOptions, BeamSearch
 from pe_onnx.bundle import Bundle
 from pe_onnx.errors import InputError
+from pe_onnx.kv_cache import make_cache
 from pe_onnx.parity_report import Account, ModeResult
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
+from pe_onnx.tokenizer import load_tokenizer
 from pe_onnx.tolerance import Tolerance
 
 Array = np.ndarray[Any, Any]
 
+BEAM_COUNT, BEAM_TOKENS = 4, 32
 ENCODER, BEAMS = "encoder", "beams"
 MODES = (ENCODER, BEAMS)
 
@@ -29,6 +33,10 @@ class Seq2SeqReference(Protocol):
 
     def decode(self, hidden: Array, ids: Array) -> Array:
         """An encoder's output and tokens int64 ``[1, T]`` to float32 logits ``[1, T, V]``, all in one run."""
+        ...
+
+    def beams(self, source: Array, start: int, num_beams: int, tokens: int, ends: list[int]) -> tuple[list[int], float]:
+        """The best hypothesis of a beam search and its score: new tokens, the end token included."""
         ...
 
 
@@ -71,6 +79,24 @@ class Requests:
             hidden = self._encode(ids, mask)
             for b, at in enumerate(slots):
                 account.add_values(f"source {b}, padded on the {side}", self.hidden[b], hidden[b, at])
+        return account.finish()
+
+    def compare_beams(self, allowed: Tolerance) -> ModeResult:
+        """Beam search on each source: the same tokens as transformers', or another hypothesis of nearly its score."""
+        account = Account(BEAMS, 1.0, allowed)
+        start = check_start(self.decoder.bundle)
+        ends = load_tokenizer(self.decoder.bundle.folder, self.decoder.bundle.manifest["tokenizer"]).eos_token_ids
+        for b, source in enumerate(self.sources):
+            search = BeamSearch(BeamOptions(BEAM_COUNT), [[start]], BEAM_TOKENS, ends)
+            cache = make_cache(self.decoder, 1, 1 + BEAM_TOKENS, None, self.of([b]))
+            tokens, parents = search.step(np.stack(cache.prefill([[start]])))
+            cache.expand(BEAM_COUNT)
+            while not search.done:
+                tokens, parents = search.step(cache.decode(tokens, search.active))
+                cache.reorder(parents)
+            best = search.finish()[0][0]
+            wanted, score = self.reference.beams(source, start, BEAM_COUNT, BEAM_TOKENS, sorted(ends))
+            account.add_choice(f"source {b}", best.tokens == wanted, abs(best.score - score))
         return account.finish()
 
     def _encode(self, ids: Array, mask: Array) -> Array:

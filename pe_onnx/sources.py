@@ -36,6 +36,8 @@ class Sources:
         self.decoder = decoder
         self.crossing = crossing
         self.lengths = mask.sum(1)
+        self.origin = np.arange(len(ids))
+        """Which of the sources each row is over."""
         self.ready = np.zeros(len(ids), bool)
         """Of each row, whether its cross cache is filled."""
         self._mask = _filled(decoder, mask)
@@ -86,19 +88,19 @@ class Sources:
             self._hidden = None
         return news
 
-    def expand(self, k: int) -> None:
-        """Each row becomes k rows of the same source."""
-        B, S = self._mask.shape
-        held = [self._hidden, *self.buffers]
-        self.ready, self.lengths = self.ready.repeat(k), self.lengths.repeat(k)
-        self._mask = _filled(self.decoder, self._mask.host.repeat(k, 0))
-        self._make(B * k, S)
-        hidden, *buffers = (None if x is None else x.download().repeat(k, 0) for x in held)
-        self._hidden = None if hidden is None else _filled(self.decoder, hidden)
+    def take(self, parents: Array) -> bool:
+        """Make row b what row ``parents[b]`` was; whether any row got another source."""
+        if len(parents) == len(self.origin) and (self.origin[parents] == self.origin).all():
+            return False
+        self.origin, self.ready, self.lengths = (x[parents] for x in (self.origin, self.ready, self.lengths))
+        mask, hidden, held = self._mask, self._hidden, self.buffers
+        self._mask = _filled(self.decoder, mask.host[parents])
+        self._hidden = hidden and _filled(self.decoder, hidden.download()[parents])
+        self._make(*self._mask.shape)
         if self.ready.any():
-            for i, values in enumerate(buffers):
-                assert values is not None
-                self.buffers[i] = _filled(self.decoder, values)
+            for i, buffer in enumerate(held):
+                self.buffers[i] = _filled(self.decoder, buffer.download()[parents])
+        return True
 
 
 def _padded(rows: Sequence[Sequence[int]], vocab_size: int) -> tuple[Array, Array]:

@@ -1,0 +1,180 @@
+"""What every KV cache is to its user: rows of tokens, ``prefill`` to append prompts, ``decode`` for a token a row."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pe_onnx import contract
+from pe_onnx.errors import ConfigError, InputError
+from pe_onnx.reordering import checked_parents
+from pe_onnx.session import Session
+from pe_onnx.sources import Sources
+
+Tokens = Sequence[int]
+Array = np.ndarray[Any, Any]
+
+CHUNK_TOKENS = 256
+"""Prompt tokens of one run: enough to fill the cores, few enough that scores [H, T, S] stay small."""
+
+Path = list[dict[int, Array]]
+"""Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
+
+
+class KVCache(ABC):
+    """The cache of ``batch_size`` rows. ``lengths``: int64 ``[B]``, the tokens each row holds.
+
+    max_length: tokens a row may hold; default the trained length. chunk_tokens: prompt tokens of one run; default
+    CHUNK_TOKENS, or the whole prompt where the encoding's frequencies depend on how far a run reaches. sources: one
+    for each row of an encoder-decoder. Raises ConfigError for more than the encoding takes.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        chunk_tokens: int | None = None,
+        sources: Sources | None = None,
+    ) -> None:
+        bundle = session.bundle
+        if (bundle.crossing is None) != (sources is None):
+            raise ConfigError("a cache of an encoder-decoder, and of no other, is over sources")
+        if sources is not None and len(sources.lengths) != batch_size:
+            raise ConfigError(f"{len(sources.lengths)} sources for a cache of {batch_size} rows")
+        if chunk_tokens is None:
+            chunk_tokens = sys.maxsize if bundle.path_dependent else CHUNK_TOKENS
+        hard = bundle.max_length
+        if max_length is not None and hard is not None and max_length > hard:
+            raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
+        if batch_size < 1 or chunk_tokens < 1 or (max_length is not None and max_length < 1):
+            raise ConfigError(
+                f"batch_size = {batch_size}, chunk_tokens = {chunk_tokens} and max_length = {max_length} must be at "
+                f"least 1"
+            )
+        self.session = session
+        self.batch_size = batch_size
+        self.chunk_tokens = chunk_tokens
+        self.max_length = max_length or bundle.trained_length or hard
+        self.vocab_size = bundle.shape["vocab_size"]
+        self.layers = len(bundle.caches)
+        self.sources = sources
+        part = "" if sources is None else "decoder."
+        self.past_names = contract.past_names(self.layers, part)
+        self.present_names = contract.present_names(self.layers, part)
+        self.lengths = np.zeros(batch_size, np.int64)
+        self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        """What each row holds."""
+        self.path: Path | None = None
+        """Where a list is put here, each run of the graph is noted in it."""
+
+    def prefill(self, rows: Sequence[Tokens], all_logits: bool = False) -> list[Array]:
+        """Append each row's tokens, in chunks; at least one token a row.
+
+        Returns for each row float32 ``[V]``, the logits of its last token; with ``all_logits`` ``[tokens, V]``, for
+        bundles exported with logits ``all``. Raises InputError for an id out of range or a row that grows too long.
+        """
+        if len(rows) != self.batch_size:
+            raise InputError(f"{len(rows)} prompts for a cache of {self.batch_size} rows")
+        if all_logits and self.session.bundle.logits != "all":
+            raise ConfigError("the bundle gives the logits of the last token; export it with --logits all")
+        arrays = [self._checked(row, int(length)) for row, length in zip(rows, self.lengths, strict=True)]
+        logits = self._prefill(arrays, all_logits)
+        for held, row in zip(self.tokens, arrays, strict=True):
+            held.extend(row.tolist())
+        return logits
+
+    def decode(self, tokens: Sequence[int] | Array, active: Array | None = None) -> Array:
+        """Append one token a row and return the logits, float32 ``[B, V]``, valid until the next call.
+
+        active: bool ``[B]``; a row that is not keeps its length, and its logits mean nothing.
+        """
+        ids = _as_ids(tokens, self.vocab_size)
+        if ids.size != self.batch_size:
+            raise InputError(f"{ids.size} tokens for a cache of {self.batch_size} rows")
+        moving = np.ones(self.batch_size, bool) if active is None else active
+        self._check_length(int(self.lengths.max(initial=0, where=moving)) + 1)
+        logits = self._decode(ids, moving)
+        self.lengths += moving
+        for b in np.flatnonzero(moving):
+            self.tokens[b].append(int(ids[b]))
+        return logits
+
+    def expand(self, copies: int) -> None:
+        """Make of each row b ``copies`` rows, from ``b * copies`` on."""
+        self._take(np.repeat(np.arange(self.batch_size), copies))
+
+    def reorder(self, parents: Sequence[int] | Array) -> int:
+        """Make each row b what row ``parents[b]`` was, and return the bytes of keys and values that moved.
+
+        parents: int64 ``[B]``, any row as often as wanted. Raises InputError for what names no rows.
+        """
+        return self._take(checked_parents(parents, self.batch_size))
+
+    def _take(self, parents: Array) -> int:
+        if self.path is not None:
+            raise ConfigError("a cache whose runs are noted in a path cannot exchange its rows")
+        others = self.sources is not None and self.sources.take(parents)
+        moved = self._take_rows(parents)
+        if others:
+            self._bind()
+        self.lengths = self.lengths[parents]
+        self.tokens = [self.tokens[p] if b == p else list(self.tokens[p]) for b, p in enumerate(parents)]
+        self.batch_size = len(parents)
+        return moved
+
+    def reserve(self, tokens: int) -> None:  # noqa: B027
+        """Make room for ``tokens`` a row ahead of time, where the cache is preallocated."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+
+    def _bind(self) -> None:  # noqa: B027
+        """Bind anew what every step is bound to."""
+
+    @abstractmethod
+    def _take_rows(self, parents: Array) -> int:
+        """Keys and values of row b become those of row ``parents[b]``; there may be more rows then. Returns bytes."""
+
+    @abstractmethod
+    def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]: ...
+
+    @abstractmethod
+    def _decode(self, ids: Array, moving: Array) -> Array: ...
+
+    def _checked(self, row: Tokens, length: int) -> Array:
+        ids = _as_ids(row, self.vocab_size)
+        if ids.size == 0:
+            raise InputError("a prompt has no tokens; give at least one")
+        self._check_length(length + ids.size)
+        return ids
+
+    def _check_length(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            hard = self.session.bundle.max_length
+            if hard is not None and self.max_length >= hard:
+                raise InputError(f"{length} tokens are more than the {hard} positions of the encoding")
+            raise InputError(
+                f"{length} tokens are more than max_length = {self.max_length}; give a greater --max-length"
+            )
+
+
+def _as_ids(tokens: Tokens | Array, vocab_size: int) -> Array:
+    """int64 ``[n]``. Raises InputError for what is no list of integers in the vocabulary."""
+    try:
+        if np.asarray(tokens).dtype.kind == "f" and len(tokens):
+            raise ValueError
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+    except (OverflowError, ValueError, TypeError):
+        wrong = next((t for t in tokens if not isinstance(t, int) or not -(2**63) <= t < 2**63), tokens)
+        raise InputError(f"token id {wrong!r} must be an integer of 64 bits") from None
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise InputError(f"token id {outside[0]} must be in 0..{vocab_size - 1}")
+    return ids
