@@ -24,11 +24,14 @@ LAYERS = [
     ("tracing", "verification"),
     ("writing",),
     ("exporter",),
-    ("reordering",),
+    ("reordering", "memory"),
+    ("sources",),
+    ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
     ("beam_search",),
     ("generate",),
-    ("reference",),
+    ("reference", "parity_modes", "parity_report"),
+    ("seq2seq_parity",),
     ("parity", "bench"),
     ("cli",),
 ]
@@ -38,7 +41,10 @@ Some places differ from the order in which data flows. The exporter writes its b
 in a ``session``, which know nothing of models: they stand below. ``encoding``, the base class, stands below
 ``encodings``, the files found by name.
 """
-RUNTIME = ("bundle", "session", "reordering", "kv_cache", "tokenizer", "sampling", "beam_search", "generate")
+RUNTIME = (
+    *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
+    *("tokenizer", "sampling", "beam_search", "generate"),
+)
 """Never import the export half; what stands above them does, inside functions."""
 
 
