@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
+from pe_onnx.beam_search import BeamOptions, BeamSearch, Hypothesis
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import KVCache, make_cache
@@ -31,6 +32,8 @@ class Generation:
     prompt_tokens: int
     finish_reason: str
     """``stop`` (an end token or a stop string), or ``length``."""
+    score: float | None = None
+    """Of a beam search: log-probability / tokens ** length_penalty."""
 
 
 @dataclass
@@ -41,7 +44,8 @@ class Timing:
     prefill_s: float = 0.0
     new_tokens: int = 0
     decoded_tokens: int = 0
-    """Of the new tokens those that took a decode step: all but the first of each row, which the prefill gives."""
+    """Of the new tokens those that took a decode step: all but the first of each row, which the prefill gives. The
+    beams of a row count once."""
     decode_s: float = 0.0
 
     @property
@@ -92,7 +96,20 @@ class Model:
         cache: KVCache | None = ...,
         max_length: int | None = ...,
         ignore_eos: bool = ...,
+        beams: None = ...,
     ) -> Generation: ...
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = ...,
+        sampling: SamplingOptions | None = ...,
+        *,
+        max_length: int | None = ...,
+        ignore_eos: bool = ...,
+        beams: BeamOptions,
+    ) -> Generation | list[Generation]: ...
 
     @overload
     def generate(
@@ -106,6 +123,7 @@ class Model:
         cache: KVCache | None = ...,
         max_length: int | None = ...,
         ignore_eos: bool = ...,
+        beams: BeamOptions | None = ...,
     ) -> list[Generation]: ...
 
     def generate(
@@ -119,24 +137,32 @@ class Model:
         cache: KVCache | None = None,
         max_length: int | None = None,
         ignore_eos: bool = False,
+        beams: BeamOptions | None = None,
     ) -> Generation | list[Generation]:
         """Continue a prompt, or a batch of prompts of any lengths.
 
         A prompt is text, or a list of token ids. sampling: default greedy. stop: strings that end the text before
         them. cache: continue on what it holds (its batch size must be the number of prompts); afterwards it holds
-        the new tokens too, but for the last drawn. Raises InputError for a prompt the model cannot take.
+        the new tokens too, but for the last drawn. beams: search with more than one beam; each prompt then gives
+        ``num_return_sequences`` results, best first, and with more than one of them one prompt gives a list as well.
+        A search neither draws nor streams, and takes no stop strings and no cache. Raises ConfigError for options that
+        do not go together, and InputError for a prompt the model cannot take.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
         prompts, single = self._prompts(prompt)
         options = sampling or SamplingOptions()
+        ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
+        if beams is not None and beams.num_beams > 1:
+            _check_beams(beams, options, stop, stream, cache)
+            found = self._search(prompts, max_new_tokens, options, beams, max_length, ends)
+            return found[0] if single and len(found) == 1 else found
         sampler = Sampler(options, len(prompts))
         seen = cache.tokens if cache is not None else [[] for _ in prompts]
         rows = [
             _Row([*before, *ids], len(ids), TextStream(self.tokenizer, stop, prompt=ids))
             for before, ids in zip(seen, prompts, strict=True)
         ]
-        ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
         if cache is None:
             cache = self.cache(len(prompts), max_length)
         elif max_length is not None:
@@ -171,6 +197,40 @@ class Model:
             results.append(Generation(row.text.text, row.tokens, row.prompt_tokens, reason))
         return results[0] if single else results
 
+    def _search(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        options: SamplingOptions,
+        beams: BeamOptions,
+        max_length: int | None,
+        ends: frozenset[int],
+    ) -> list[Generation]:
+        cache = self.cache(len(prompts), max_length)
+        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
+        begin = time.perf_counter()
+        logits = np.stack(cache.prefill(prompts))
+        self.timing.prefill_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        limits = [max_new_tokens] * len(prompts)
+        if cache.max_length is not None:  # the token after the last that fits is still chosen
+            limits = [min(max_new_tokens, cache.max_length - len(ids) + 1) for ids in prompts]
+        search = BeamSearch(beams, prompts, limits, ends, repetition_penalty=options.repetition_penalty)
+        self.timing.decoded_tokens = search_beams(search, cache, logits)
+        self.timing.decode_s = time.perf_counter() - begin
+        found = zip(prompts, search.finish(), strict=True)
+        results = [self._generation(ids, hypothesis, ends) for ids, best in found for hypothesis in best]
+        self.timing.new_tokens = sum(len(result.tokens) for result in results)
+        return results
+
+    def _generation(self, prompt: list[int], hypothesis: Hypothesis, ends: frozenset[int]) -> Generation:
+        tokens, text = hypothesis.tokens, TextStream(self.tokenizer, prompt=prompt)
+        stopped = bool(tokens) and tokens[-1] in ends
+        for token in tokens[:-1] if stopped else tokens:
+            text.push(token)
+        text.finish()
+        return Generation(text.text, tokens, len(prompt), "stop" if stopped else "length", hypothesis.score)
+
     def _accept(self, b: int, row: _Row, token: int, ends: frozenset[int], stream: Stream | None) -> None:
         row.tokens.append(token)
         row.history.append(token)
@@ -193,6 +253,39 @@ class Model:
         if isinstance(prompt[0], int | np.integer):
             return [[int(t) for t in prompt]], True  # type: ignore[arg-type]
         return [self.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in prompt], False  # type: ignore[union-attr]
+
+
+def search_beams(search: BeamSearch, cache: KVCache, logits: np.ndarray[Any, Any]) -> int:
+    """Run a search to its end.
+
+    logits: float32 ``[B, V]``, what prefilling the cache's B rows with the prompts gave; the cache has B * num_beams
+    rows afterwards. Returns the decode steps, summed over the prompts.
+    """
+    k, steps = search.options.num_beams, 0
+    tokens, _ = search.step(logits)
+    if not search.done:
+        cache.expand(k)
+    while not search.done:
+        active = search.active
+        steps += int(active.sum()) // k
+        tokens, parents = search.step(cache.decode(tokens, active))
+        cache.reorder(parents)
+    return steps
+
+
+def _check_beams(
+    beams: BeamOptions, options: SamplingOptions, stop: Sequence[str], stream: Stream | None, cache: KVCache | None
+) -> None:
+    """Raises ConfigError for what a beam search does not go with."""
+    with_beams = f"with num_beams = {beams.num_beams}"
+    if options.temperature != 0:
+        raise ConfigError(f"temperature = {options.temperature} {with_beams}: accepted is 0; beams are not drawn")
+    if stream is not None:
+        raise ConfigError(f"stream {with_beams}: which beam wins is known at the end only; stream with num_beams = 1")
+    if stop:
+        raise ConfigError(f"stop = {list(stop)!r} {with_beams}: beams end at end tokens only; stop with num_beams = 1")
+    if cache is not None:
+        raise ConfigError(f"cache {with_beams}: a beam search makes its own; give the whole prompt")
 
 
 def load(folder: str | Path, provider: str = "cpu", threads: int = 0, verify: bool = True) -> Model:

@@ -13,6 +13,7 @@ from command_line import refused
 from conftest import Bundles, Cli
 
 import pe_onnx
+from pe_onnx.beam_search import BeamOptions
 
 SPEED = re.compile(r"\[\d+ prompt tokens at \d+/s, (\d+) new at [\d.]+ tokens/s\]\n")
 
@@ -79,10 +80,25 @@ def test_generate_in_json(cli: Cli, bundles: Bundles) -> None:
     document = json.loads(result.stdout)
     expected = pe_onnx.load(bundles("rope")).generate("hello", 7)
     assert document["generations"] == [
-        {"text": expected.text, "tokens": expected.tokens, "prompt_tokens": 5, "finish_reason": "length"}
+        {"text": expected.text, "tokens": expected.tokens, "prompt_tokens": 5, "finish_reason": "length", "score": None}
     ]
     assert document["timing"]["new_tokens"] == 7
     assert SPEED.fullmatch(result.stderr)
+
+
+def test_beams_are_searched_and_printed_best_first(cli: Cli, bundles: Bundles) -> None:
+    options = BeamOptions(3, 0.5, "never", 2)
+    prompts = ["hello", "ab"]
+    expected = pe_onnx.load(bundles("rope")).generate(prompts, 7, beams=options)
+    names = ["1.1: 'hello'", "1.2: 'hello'", "2.1: 'ab'", "2.2: 'ab'"]
+    args = ("-n", 7, "--beams", 3, "--length-penalty", 0.5, "--early-stopping", "never", "--return-sequences", 2)
+    result = cli("generate", bundles("rope"), *prompts, *args)
+    assert result.stdout == "".join(f"--- {n}\n{r.text}\n" for n, r in zip(names, expected, strict=True)), result.stderr
+    assert SPEED.fullmatch(result.stderr)
+    document = json.loads(cli("generate", bundles("rope"), *prompts, *args, "--json").stdout)
+    assert [(row["tokens"], row["score"]) for row in document["generations"]] == [(r.tokens, r.score) for r in expected]
+    best = cli("generate", bundles("rope"), "hello", "-n", 7, "--beams", 3, "--echo")
+    assert best.stdout == f"hello{pe_onnx.load(bundles('rope')).generate('hello', 7, beams=BeamOptions(3)).text}\n"
 
 
 def test_several_prompts_are_a_batch(cli: Cli, bundles: Bundles) -> None:

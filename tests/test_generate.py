@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 
 import pe_onnx
+from pe_onnx.beam_search import BeamOptions
 from pe_onnx.config import DecoderConfig
 from pe_onnx.errors import ConfigError, InputError, ProviderError
 from pe_onnx.models.decoder import Decoder
@@ -103,6 +105,94 @@ def test_a_full_row_does_not_end_the_batch(tmp_path: Path) -> None:
     assert (len(long.tokens), long.finish_reason) == (5, "length")
     assert short.tokens == model.generate([9], 20).tokens
     assert len(short.tokens) == 20
+
+
+PROMPTS = [[5, 9, 13], [44], [8, 70, 33, 21, 60, 7], [90, 12]]
+
+
+@torch.no_grad()
+def test_beams_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported checkpoints, with end tokens at which beams end early; prompts of different lengths are one batch."""
+    ends, made = (2, *range(30, 40)), set()
+    for model_type, target in (("gpt2", "ort"), ("llama", "portable")):
+        checkpoint = checkpoints.write(tmp_path / model_type, model_type, gain=1.0, tie_word_embeddings=False)
+        pe_onnx.export(checkpoint, tmp_path / "b", target=target, force=True)
+        model, oracle = pe_onnx.load(tmp_path / "b"), checkpoints.oracle(checkpoint)
+        monkeypatch.setattr(model.tokenizer, "eos_token_ids", frozenset(ends))
+        longest = max(map(len, PROMPTS))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in PROMPTS])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in PROMPTS])
+        for k, penalty, early, n, repetition in (
+            (4, 1.0, False, 4, 1.0),
+            (3, 2.0, True, 1, 1.3),
+            (5, 0.0, "never", 2, 1.0),
+        ):
+            want = oracle.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=20,
+                do_sample=False,
+                num_beams=k,
+                length_penalty=penalty,
+                early_stopping=early,
+                num_return_sequences=n,
+                repetition_penalty=repetition,
+                pad_token_id=0,
+                eos_token_id=list(ends),
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+            sampling = SamplingOptions(repetition_penalty=repetition)
+            got = model.generate(PROMPTS, 20, sampling, beams=BeamOptions(k, penalty, early, n))
+            assert len(got) == 4 * n
+            for result, tokens, score in zip(got, want.sequences.tolist(), want.sequences_scores.tolist(), strict=True):
+                assert result.tokens == tokens[longest:][: len(result.tokens)]
+                assert (result.finish_reason == "stop") == (result.tokens[-1] in ends)
+                assert result.finish_reason == "stop" or len(result.tokens) == 20
+                assert result.score == pytest.approx(score, rel=2e-5)
+                made.add(len(result.tokens))
+        assert model.timing.prompt_tokens == 12
+        assert model.timing.new_tokens == sum(len(result.tokens) for result in got)
+    assert len(made) > 4, "beams end at different times"
+
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+def test_one_prompt_and_several_beams(bundles: Bundles, target: str) -> None:
+    model = pe_onnx.load(bundles("alibi", target))
+    one = model.generate("abc", 12, beams=BeamOptions(4))
+    two = model.generate("abc", 12, beams=BeamOptions(4, num_return_sequences=2))
+    assert not isinstance(one, list)
+    assert isinstance(two, list)
+    assert one == two[0]
+    assert two[0].score >= two[1].score
+    assert two[0].tokens != two[1].tokens
+    assert one.text == model.tokenizer.decode(one.tokens)
+    assert model.generate("abc", 12, beams=BeamOptions(1)) == model.generate("abc", 12)
+
+
+def test_beams_end_at_the_length_limit_and_not_each_others(tmp_path: Path) -> None:
+    pe_onnx.export(encoding="learned", output=tmp_path / "b", config={"max_position_embeddings": 64})
+    model = pe_onnx.load(tmp_path / "b")
+    beams = BeamOptions(3)
+    long, short = model.generate([[7] * 60, [9]], 20, beams=beams)
+    assert (len(long.tokens), long.finish_reason) == (5, "length")
+    assert long.tokens == model.generate([7] * 60, 5, beams=beams).tokens
+    assert short.tokens == model.generate([9], 20, beams=beams).tokens
+    assert len(short.tokens) == 20
+
+
+def test_what_beams_do_not_go_with(bundles: Bundles) -> None:
+    model, beams = pe_onnx.load(bundles("rope")), BeamOptions(2)
+    for options, named in (
+        ({"stream": lambda row, piece: None}, "stream with num_beams = 2"),
+        ({"stop": ["x"]}, r"stop = \['x'\] with num_beams = 2"),
+        ({"cache": model.cache()}, "cache with num_beams = 2"),
+        ({"sampling": SamplingOptions(temperature=0.5)}, "temperature = 0.5 with num_beams = 2"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            model.generate("a", 3, beams=beams, **options)
+    with pytest.raises(InputError, match="3000 tokens are more than max_length"):
+        model.generate([1] * 3000, 3, beams=beams)
 
 
 def test_what_generate_refuses(bundles: Bundles) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 @click.option("--min-p", default=0.0, metavar="P", help="Drop those below P times the most likely.")
 @click.option("--repetition-penalty", default=1.0, metavar="X", help="Above 1 discourages tokens seen.")
 @click.option("--seed", type=int, metavar="N", help="Of the draws; the same seed gives the same text.")
+@click.option("--beams", default=1, metavar="K", help="Follow the K most likely continuations at once.")
+@click.option("--length-penalty", default=1.0, metavar="X", help="Of beams: above 0 favours long texts. [1]")
+@click.option(
+    "--early-stopping",
+    type=click.Choice(["true", "false", "never"]),
+    default="false",
+    help="Of beams: end at K texts, where a better one is unlikely, or where none can come. [false]",
+)
+@click.option("--return-sequences", default=1, metavar="N", help="Of beams: print the N best texts.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this; may be given again.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
 @click.option("--chat", is_flag=True, help="Use the chat template; without a prompt, a conversation.")
@@ -46,6 +55,10 @@ def command(
     min_p: float,
     repetition_penalty: float,
     seed: int | None,
+    beams: int,
+    length_penalty: float,
+    early_stopping: str,
+    return_sequences: int,
     stop: tuple[str, ...],
     ignore_eos: bool,
     chat: bool,
@@ -60,20 +73,27 @@ def command(
 ) -> None:
     """Generate text from a bundle.
 
-    One prompt streams; several run as one batch. Without a prompt it is read from standard input. Speed goes to
-    stderr.
+    One prompt streams, unless with beams; several run as one batch. Without a prompt it is read from standard input.
+    Speed goes to stderr.
     """
+    from pe_onnx.beam_search import BeamOptions
     from pe_onnx.generate import load
     from pe_onnx.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    early: Any = {"true": True, "false": False}.get(early_stopping, early_stopping)
+    search = BeamOptions(beams, length_penalty, early, return_sequences)
     if tokens is not None and (prompts or chat):
         raise click.UsageError("give --tokens or text, not both")
     if system and not chat:
         raise click.UsageError("--system needs --chat")
+    if beams == 1 and (length_penalty, early_stopping) != (1, "false"):
+        raise click.UsageError("--length-penalty and --early-stopping need --beams above 1")
     if max_new_tokens < 1:
         raise click.UsageError(f"--max-new-tokens = {max_new_tokens} must be at least 1")
     interactive = chat and not prompts and sys.stdin.isatty()
+    if interactive and beams > 1:
+        raise click.UsageError("--beams needs a prompt: a conversation streams")
     if not prompts and tokens is None and not interactive:
         prompts = (_read_stdin(),)
     model = load(bundle, provider, threads, verify=not no_verify)
@@ -86,7 +106,7 @@ def command(
         batch = [_chat_tokens(model, _messages(system, prompt)) for prompt in prompts]
     else:
         batch = [model.tokenizer.encode(prompt) for prompt in prompts]
-    streaming = len(batch) == 1 and not as_json
+    streaming = len(batch) == 1 and not as_json and beams == 1
 
     def write(row: int, piece: str) -> None:
         click.echo(piece, nl=False)
@@ -101,6 +121,7 @@ def command(
         stream=write if streaming else None,
         max_length=max_length,
         ignore_eos=ignore_eos,
+        beams=search,
     )
     if as_json:
         timing = model.timing
@@ -111,8 +132,12 @@ def command(
     elif streaming:
         click.echo()
     else:
-        for b, result in enumerate(results):
-            click.echo(f"--- {b + 1}: {prompts[b]!r}\n{prompts[b] if echo else ''}{result.text}")
+        named = prompts or (tokens or "",)
+        for i, result in enumerate(results):
+            b, rank = divmod(i, return_sequences)
+            number = f"{b + 1}.{rank + 1}" if return_sequences > 1 else f"{b + 1}"
+            title = f"--- {number}: {named[b]!r}\n" if len(results) > 1 else ""
+            click.echo(f"{title}{prompts[b] if echo and prompts else ''}{result.text}")
     _report(model.timing)
 
 
