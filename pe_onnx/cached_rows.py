@@ -118,10 +118,15 @@ class KVCache(ABC):
     def _take(self, parents: Array) -> int:
         if self.path is not None:
             raise ConfigError("a cache whose runs are noted in a path cannot exchange its rows")
-        others = self.sources is not None and self.sources.take(parents)
-        moved = self._take_rows(parents)
-        if others:
-            self._bind()
+        if self.sources is None:
+            moved = self._take_rows(parents)
+        elif len(parents) != self.batch_size:  # new buffers are bound with those of the sources
+            self.sources.take(parents)
+            moved = self._take_rows(parents)
+        else:  # which keys two rows share depends on the sources they have had
+            moved = self._take_rows(parents)
+            if self.sources.take(parents):
+                self._bind()
         self.lengths = self.lengths[parents]
         self.tokens = [self.tokens[p] if b == p else list(self.tokens[p]) for b, p in enumerate(parents)]
         self.batch_size = len(parents)

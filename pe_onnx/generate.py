@@ -11,11 +11,12 @@ from typing import Any, overload
 import numpy as np
 
 from pe_onnx.beam_search import BeamOptions, BeamSearch, Hypothesis
-from pe_onnx.bundle import Bundle, read_bundle
+from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import KVCache, make_cache
 from pe_onnx.sampling import Sampler, SamplingOptions
 from pe_onnx.session import Session
+from pe_onnx.sources import Sources
 from pe_onnx.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 Stream = Callable[[int, str], None]
@@ -77,12 +78,34 @@ class Model:
     def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0) -> None:
         self.bundle = bundle
         self.session = Session(bundle, provider, threads)
+        self.encoder = None if bundle.crossing is None else Session(bundle, provider, threads, graph=ENCODER)
         self.tokenizer: Tokenizer = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"])
         self.timing = Timing()
 
-    def cache(self, batch_size: int = 1, max_length: int | None = None, chunk_tokens: int | None = None) -> KVCache:
-        """An empty cache, to call ``prefill`` and ``decode`` on, or to hand to ``generate`` again and again."""
-        return make_cache(self.session, batch_size, max_length, chunk_tokens)
+    def cache(
+        self,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        chunk_tokens: int | None = None,
+        sources: Sequence[Sequence[int]] | None = None,
+    ) -> KVCache:
+        """An empty cache, to call ``prefill`` and ``decode`` on, or to hand to ``generate`` again and again.
+
+        sources: token ids for each row of an encoder-decoder, which are encoded now.
+        """
+        if sources is None or self.encoder is None:
+            return make_cache(self.session, batch_size, max_length, chunk_tokens)
+        encoded = Sources(self.encoder, self.session, sources)
+        return make_cache(self.session, len(sources), max_length, chunk_tokens, encoded)
+
+    def _open(self, prompts: list[list[int]], max_length: int | None) -> tuple[KVCache, list[list[int]]]:
+        """A new cache for some prompts, and what it is to be prefilled with: for sources the start token."""
+        if self.encoder is None:
+            return self.cache(len(prompts), max_length), prompts
+        start = self.bundle.start_token
+        if start is None:
+            raise ConfigError(f"bundle {self.bundle.folder} names no decoder_start_token_id, with which it would begin")
+        return self.cache(max_length=max_length, sources=prompts), [[start]] * len(prompts)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
@@ -139,7 +162,7 @@ class Model:
         ignore_eos: bool = False,
         beams: BeamOptions | None = None,
     ) -> Generation | list[Generation]:
-        """Continue a prompt, or a batch of prompts of any lengths.
+        """Continue a prompt, or a batch of prompts of any lengths; of an encoder-decoder: answer sources.
 
         A prompt is text, or a list of token ids. sampling: default greedy. stop: strings that end the text before
         them. cache: continue on what it holds (its batch size must be the number of prompts); afterwards it holds
@@ -157,20 +180,22 @@ class Model:
             _check_beams(beams, options, stop, stream, cache)
             found = self._search(prompts, max_new_tokens, options, beams, max_length, ends)
             return found[0] if single and len(found) == 1 else found
-        sampler = Sampler(options, len(prompts))
-        seen = cache.tokens if cache is not None else [[] for _ in prompts]
-        rows = [
-            _Row([*before, *ids], len(ids), TextStream(self.tokenizer, stop, prompt=ids))
-            for before, ids in zip(seen, prompts, strict=True)
-        ]
-        if cache is None:
-            cache = self.cache(len(prompts), max_length)
-        elif max_length is not None:
+        if cache is not None and max_length is not None:
             raise ConfigError(f"max_length = {max_length} is for a new cache; the one given has its own")
-        self.timing = Timing(prompt_tokens=sum(row.prompt_tokens for row in rows))
+        if cache is not None and self.encoder is not None:
+            raise ConfigError("cache: an encoder-decoder has one for each source, which generate makes")
+        sampler = Sampler(options, len(prompts))
+        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
 
         begin = time.perf_counter()
-        logits = np.stack(cache.prefill(prompts))
+        first = prompts
+        if cache is None:
+            cache, first = self._open(prompts, max_length)
+        rows = [
+            _Row([*before, *ids], len(prompt), self._text(prompt, stop))
+            for before, ids, prompt in zip(cache.tokens, first, prompts, strict=False)
+        ]
+        logits = np.stack(cache.prefill(first))
         self.timing.prefill_s = time.perf_counter() - begin
         begin = time.perf_counter()
         for step in range(max_new_tokens):
@@ -206,16 +231,16 @@ class Model:
         max_length: int | None,
         ends: frozenset[int],
     ) -> list[Generation]:
-        cache = self.cache(len(prompts), max_length)
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         begin = time.perf_counter()
-        logits = np.stack(cache.prefill(prompts))
+        cache, first = self._open(prompts, max_length)
+        logits = np.stack(cache.prefill(first))
         self.timing.prefill_s = time.perf_counter() - begin
         begin = time.perf_counter()
         limits = [max_new_tokens] * len(prompts)
         if cache.max_length is not None:  # the token after the last that fits is still chosen
-            limits = [min(max_new_tokens, cache.max_length - len(ids) + 1) for ids in prompts]
-        search = BeamSearch(beams, prompts, limits, ends, repetition_penalty=options.repetition_penalty)
+            limits = [min(max_new_tokens, cache.max_length - len(ids) + 1) for ids in first]
+        search = BeamSearch(beams, first, limits, ends, repetition_penalty=options.repetition_penalty)
         self.timing.decoded_tokens = search_beams(search, cache, logits)
         self.timing.decode_s = time.perf_counter() - begin
         found = zip(prompts, search.finish(), strict=True)
@@ -224,12 +249,16 @@ class Model:
         return results
 
     def _generation(self, prompt: list[int], hypothesis: Hypothesis, ends: frozenset[int]) -> Generation:
-        tokens, text = hypothesis.tokens, TextStream(self.tokenizer, prompt=prompt)
+        tokens, text = hypothesis.tokens, self._text(prompt)
         stopped = bool(tokens) and tokens[-1] in ends
         for token in tokens[:-1] if stopped else tokens:
             text.push(token)
         text.finish()
         return Generation(text.text, tokens, len(prompt), "stop" if stopped else "length", hypothesis.score)
+
+    def _text(self, prompt: list[int], stop: Sequence[str] = ()) -> TextStream:
+        """The text that continues a prompt, or answers a source."""
+        return TextStream(self.tokenizer, stop, prompt=prompt if self.encoder is None else ())
 
     def _accept(self, b: int, row: _Row, token: int, ends: frozenset[int], stream: Stream | None) -> None:
         row.tokens.append(token)

@@ -90,6 +90,8 @@ class InPlaceCache(KVCache):
         """The slot up to which two rows hold the same keys and values."""
         if self.session.bundle.path_dependent:
             return 0  # keys depend on the runs that made them
+        if self.sources is not None and self.sources.origin[a] != self.sources.origin[b]:
+            return 0
         return common_prefix(self.tokens[a], self.tokens[b])
 
     def _bind_cache(self, binding: Any, row: int, rows: int) -> None:

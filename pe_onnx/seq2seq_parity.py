@@ -10,6 +10,7 @@ import numpy as np
 from pe_onnx.beam_search import BeamOptions, BeamSearch
 from pe_onnx.bundle import Bundle
 from pe_onnx.errors import InputError
+from pe_onnx.generate import search_beams
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.parity_report import Account, ModeResult
 from pe_onnx.session import Session
@@ -89,11 +90,7 @@ class Requests:
         for b, source in enumerate(self.sources):
             search = BeamSearch(BeamOptions(BEAM_COUNT), [[start]], BEAM_TOKENS, ends)
             cache = make_cache(self.decoder, 1, 1 + BEAM_TOKENS, None, self.of([b]))
-            tokens, parents = search.step(np.stack(cache.prefill([[start]])))
-            cache.expand(BEAM_COUNT)
-            while not search.done:
-                tokens, parents = search.step(cache.decode(tokens, search.active))
-                cache.reorder(parents)
+            search_beams(search, cache, np.stack(cache.prefill([[start]])))
             best = search.finish()[0][0]
             wanted, score = self.reference.beams(source, start, BEAM_COUNT, BEAM_TOKENS, sorted(ends))
             account.add_choice(f"source {b}", best.tokens == wanted, abs(best.score - score))

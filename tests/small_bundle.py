@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pe_onnx.bundle import read_bundle, write_bundle
+from pe_onnx.bundle import FORMAT, read_bundle, write_bundle
 
 
 def manifest() -> dict[str, Any]:
     """All that a bundle must say, of a model that is not there."""
     return {
-        "format": 2,
+        "format": FORMAT,
         "contract": 1,
         "target": "ort",
         "dtype": "fp32",
@@ -22,6 +22,7 @@ def manifest() -> dict[str, Any]:
             "vocab_size": 256,
             "trained_length": 2048,
             "max_length": None,
+            "encoder": None,
         },
         "tokenizer": {"kind": "bytes"},
         "source": {"kind": "module", "class": "M"},

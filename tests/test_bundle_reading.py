@@ -141,7 +141,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(real: Path, key: str, value: o
     refused(real, key, verify=verify)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", 1), ("format", 99), ("contract", 2), ("format", "1")])
+@pytest.mark.parametrize(("key", "value"), [("format", 2), ("format", 99), ("contract", 2), ("format", "1")])
 def test_a_newer_format_is_refused(real: Path, key: str, value: object) -> None:
     edited(real, lambda values: values.update({key: value}))
     refused(real, f"{key} {value}", "export it again")
