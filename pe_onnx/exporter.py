@@ -152,12 +152,15 @@ class FloatLogits(nn.Module):
 
 
 def _halve(module: nn.Module) -> None:
-    """Weights to float16, one at a time; buffers keep their precision (inverse frequencies would be ruined).
+    """Weights to float16, one at a time; buffers keep their precision (inverse frequencies would be ruined), and so do
+    modules that transformers keeps in float32 (T5's ``wo``, whose output overflows), but for norms.
 
     Raises ConfigError for a weight that float16 cannot hold.
     """
+    kept = {name for m in module.modules() for name in getattr(m, "_keep_in_fp32_modules", None) or ()}
+    kept = {f".{name}." for name in kept if "norm" not in name}
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not any(part in f".{name}." for part in kept):
             greatest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
             if greatest > torch.finfo(torch.float16).max:
                 raise ConfigError(f"dtype = 'fp16' cannot hold {name}: its greatest weight is {greatest:.3g}; use fp32")
