@@ -98,8 +98,11 @@ def _run_once(model: PreTrainedModel) -> Observed:
     if not model.config.is_encoder_decoder:
         return observe(model, "position_ids" in inspect.signature(model.forward).parameters)
     ids = torch.ones(1, 3, dtype=torch.int64)
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=ids, decoder_input_ids=ids)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=ids, decoder_input_ids=ids)
+    except Exception as error:
+        raise CheckpointError(f"{type(model).__name__} cannot be run: {_reason(error)}") from error
     return Observed([])
 
 

@@ -170,7 +170,7 @@ KINDS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple(
         (r"no_rope_layers", FLAGS_OR_NULL),
         (r"_?sliding_window_pattern", PATTERN_OR_NULL),
         (r"no_rope_layer_interval|global_attn_every_n_layers", COUNT_OR_NULL),
-        (r"alibi_bias_max", COUNT),
+        (r"alibi_bias_max|relative_attention_num_buckets|relative_attention_max_distance", COUNT),
     )
 )
 """Whole names, tried in this order; the entries of rope parameters stand in rope_types.py."""
@@ -211,6 +211,12 @@ def check_shapes(config: PreTrainedConfig, where: str) -> None:
         raise CheckpointError(
             f"{where}: {_spelled(config, 'num_attention_heads')} = {heads} must divide "
             f"{_spelled(config, 'hidden_size')} = {width}"
+        )
+    buckets, reach = (_attribute(config, f"relative_attention_{name}") for name in ("num_buckets", "max_distance"))
+    if isinstance(buckets, int) and isinstance(reach, int) and (buckets < 4 or reach <= buckets // 2):
+        raise CheckpointError(
+            f"{where}: relative_attention_max_distance = {reach} must be more than half of "
+            f"relative_attention_num_buckets = {buckets}, which must be at least 4"
         )
     layers = _attribute(config, "num_hidden_layers")
     for name in ("layer_types", "no_rope_layers", "layers_block_type", "attention_layers"):

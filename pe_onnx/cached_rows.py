@@ -43,7 +43,7 @@ class KVCache(ABC):
     ) -> None:
         bundle = session.bundle
         if (bundle.crossing is None) != (sources is None):
-            raise ConfigError("a cache of an encoder-decoder, and of no other, is over sources")
+            raise ConfigError("a cache of an encoder-decoder, and of no other, is over sources: cache(sources=...)")
         if sources is not None and len(sources.lengths) != batch_size:
             raise ConfigError(f"{len(sources.lengths)} sources for a cache of {batch_size} rows")
         if chunk_tokens is None:
