@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +104,12 @@ class Bundle:
 
     @property
     def cache_bytes_per_token(self) -> int:
+        return self.bytes_per_token(self.caches)
+
+    def bytes_per_token(self, caches: Iterable[contract.CacheShape]) -> int:
+        """Of keys and values of these layers."""
         itemsize = {"float32": 4, "float16": 2}[self.cache_dtype]
-        return 2 * itemsize * sum(heads * size for heads, size in self.caches)
+        return 2 * itemsize * sum(heads * size for heads, size in caches)
 
     def verify(self) -> None:
         """Raises BundleError for a file that is missing, of another size, or whose SHA-256 differs."""

@@ -1,4 +1,4 @@
-"""Every ``ForCausalLM`` class of the installed transformers through the bridge: right, or refused with a reason.
+"""Every ``ForCausalLM`` class of the installed transformers, and T5's, through the bridge: right, or refused.
 
 ``python tests/sweep.py --write`` exports each family that a tiny model can be built of, on both targets, compares the
 graphs in onnxruntime with transformers, and writes ``pe_onnx/families.json``, which ``pe-onnx list --models`` and the
@@ -11,22 +11,33 @@ import argparse
 import json
 import multiprocessing
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import bridged
+import t5_models
 import tiny_models
 import torch
 import transformers
 from click.testing import CliRunner
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
+import pe_onnx
 from pe_onnx.cli.list import command as list_command
 from pe_onnx.contract import TARGETS
 from pe_onnx.errors import PeOnnxError
 from pe_onnx.exporter import silenced
+from pe_onnx.models import seq2seq
 from pe_onnx.models.bridge import bridge, family, takes_positions
+from pe_onnx.models.checkpoint import SEQ2SEQ
 from pe_onnx.models.observed import Observed
+
+CROSSED = {name: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES[name] for name in SEQ2SEQ}
+CLASSES = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **CROSSED}
 
 TOLERANCE = 5e-5
 FILE = Path(__file__).parent.parent / "pe_onnx" / "families.json"
@@ -49,6 +60,8 @@ def encoding_of(model: Any, observed: Observed) -> str:
 def examine(model_type: str, full: bool = True) -> dict[str, Any]:
     """The row of a family. full: export it; else the bridge alone, which proves itself in PyTorch."""
     row: dict[str, Any] = {"class": CLASSES[model_type]}
+    if model_type in CROSSED:
+        return {**row, **examine_crossed(model_type, full)}
     try:
         with silenced():
             model = tiny_models.build(model_type)
@@ -75,6 +88,25 @@ def examine(model_type: str, full: bool = True) -> dict[str, Any]:
     route = "bridge" if own is None else f"bridge + {own.__name__.removeprefix('pe_onnx.models.').replace('.', '/')}.py"
     row |= {"status": "right", "encoding": next(iter(right.values())), "route": route, "targets": list(right)}
     return {**row, "refused": reasons} if reasons else row
+
+
+def examine_crossed(model_type: str, full: bool) -> dict[str, Any]:
+    """Of an encoder-decoder, with a decoder's parity check in the place of the families'."""
+    model = t5_models.build(model_type)
+    for target in TARGETS:
+        with silenced():
+            seq2seq.bridge(model, target, last_only=False)
+        if full:
+            with tempfile.TemporaryDirectory() as folder, silenced():
+                checkpoint, bundle = Path(folder, "checkpoint"), Path(folder, "bundle")
+                model.save_pretrained(checkpoint)
+                pe_onnx.export(model=checkpoint, output=bundle, target=target)
+                error = pe_onnx.check_parity(bundle, tokens=150).relative_error
+            if not error <= TOLERANCE:
+                return {"status": "wrong", "reason": f"{target}: off by {error:.1e} of the logits' spread"}
+    own = family(model)
+    route = f"bridge + families/{model_type}.py"
+    return {"status": "right", "encoding": getattr(own, "ENCODING", None), "route": route, "targets": list(TARGETS)}
 
 
 def _error(model: Any, model_type: str, target: str) -> float:

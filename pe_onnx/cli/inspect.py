@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from pe_onnx.bundle import Bundle
+    from pe_onnx.contract import CacheShape
 
 from pe_onnx.cli._options import bundle_argument, human_bytes, json_option, print_json
 
@@ -22,11 +27,12 @@ def command(bundle: str, as_json: bool) -> None:
 
     read = read_bundle(bundle)
     m, shape = read.manifest, read.shape
-    graphs = read.graphs
-    inputs, outputs = graphs[read.model.name]
+    inputs, outputs = read.graphs[read.model.name]
     cache_bytes = read.cache_bytes_per_token
     if as_json:
-        print_json({**m, "inputs": inputs, "outputs": outputs, "cache_bytes_per_token": cache_bytes})
+        graphs = {name: {"inputs": given, "outputs": made} for name, (given, made) in read.graphs.items()}
+        shown = {"inputs": inputs, "outputs": outputs, "graphs": graphs, "cache_bytes_per_token": cache_bytes}
+        print_json({**m, **shown})
         return
     from rich.console import Console
     from rich.table import Table
@@ -45,8 +51,8 @@ def command(bundle: str, as_json: bool) -> None:
         "dtype": m["dtype"],
         "logits": m["logits"],
         "size": f"{human_bytes(total)}, weights {human_bytes(m['graph']['weight_bytes'])}",
-        "cache": f"{cache_bytes} bytes per token: "
-        + ", ".join(f"{n} layers x 2 x {K} heads x {D} channels" for (K, D), n in Counter(read.caches).items()),
+        "cache": f"{cache_bytes} bytes per token: " + _layers(read.caches),
+        **({"cross cache": _cross_cache(read)} if read.crossing else {}),
         "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
         "hard limit": f"{shape['max_length']} tokens" if shape["max_length"] else "none",
         "path dependent": "yes: frequencies switch with the length, cached keys keep theirs; prompts run whole"
@@ -70,16 +76,27 @@ def command(bundle: str, as_json: bool) -> None:
         encoding.add_row("none", "", "")
     console.print(encoding)
 
-    tensors = table("inputs and outputs", "name", "shape")
-    for name, dims in {**_folded(inputs), **_folded(outputs)}.items():
-        tensors.add_row(name, "[" + ", ".join(str(d) for d in dims) + "]")
-    console.print(tensors)
+    for file, (given, made) in read.graphs.items():
+        tensors = table(f"inputs and outputs of {file}", "name", "shape")
+        for name, dims in {**_folded(given), **_folded(made)}.items():
+            tensors.add_row(name, "[" + ", ".join(str(d) for d in dims) + "]")
+        console.print(tensors)
 
     operators = table("operators", "operator", "nodes")
     operators.columns[1].justify = "right"
     for name, count in m["graph"]["operators"].items():
         operators.add_row(name, str(count))
     console.print(operators)
+
+
+def _layers(caches: Iterable[CacheShape]) -> str:
+    return ", ".join(f"{n} layers x 2 x {K} heads x {D} channels" for (K, D), n in Counter(caches).items())
+
+
+def _cross_cache(bundle: Bundle) -> str:
+    assert bundle.crossing is not None
+    per_token = bundle.bytes_per_token(bundle.crossing.caches)
+    return f"{per_token} bytes per source token: {_layers(bundle.crossing.caches)}"
 
 
 def _proof(proof: dict[str, Any]) -> str:

@@ -118,7 +118,8 @@ def _summary(known: Families) -> str:
     one = sum(len(row["targets"]) == 1 for row in _right(known).values())
     partly = f" ({one} of them on one target only)" if one else ""
     return (
-        f"Of the {len(known)} families with a ForCausalLM class in transformers {_document()['transformers']}, "
+        f"Of {len(known)} families, those with a ForCausalLM class in transformers {_document()['transformers']} and "
+        f"T5's encoder-decoders, "
         f"{counts['right']} are exported right{partly}, {counts['refused']} are refused with a reason, none is wrong; "
         f"of {counts['not built']} no tiny model could be built."
     )
