@@ -22,7 +22,13 @@ Tokens = Sequence[int]
 Array = np.ndarray[Any, Any]
 
 CHUNK_TOKENS = 256
-"""Prompt tokens of one run: enough to fill the cores, few enough that scores [H, T, S] stay small."""
+"""Prompt tokens of one run: enough to fill the cores."""
+
+LEAST_CHUNK_TOKENS = 64
+"""Fewer leave the cores idle."""
+
+SCORE_BYTES = 16 << 20
+"""Of one tensor [H, T, S], the scores or their bias, where a run holds such: the longer S, the fewer tokens T."""
 
 Path = list[dict[int, Array]]
 """Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
@@ -35,8 +41,8 @@ class KVCache(ABC):
     """The cache of ``batch_size`` rows. ``lengths``: int64 ``[B]``, the tokens each row holds.
 
     max_length: tokens a row may hold; default the trained length. chunk_tokens: prompt tokens of one run; default
-    CHUNK_TOKENS, or the whole prompt where the encoding's frequencies depend on how far a run reaches. Raises
-    ConfigError for more than the encoding takes.
+    CHUNK_TOKENS, fewer where tensors [H, T, S] would outgrow SCORE_BYTES, or the whole prompt where the encoding's
+    frequencies depend on how far a run reaches. Raises ConfigError for more than the encoding takes.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class KVCache(ABC):
         chunk_tokens: int | None = None,
     ) -> None:
         bundle = session.bundle
+        self.score_heads = 0 if chunk_tokens or bundle.path_dependent else bundle.score_heads
         if chunk_tokens is None:
             chunk_tokens = sys.maxsize if bundle.path_dependent else CHUNK_TOKENS
         hard = bundle.max_length
@@ -118,6 +125,13 @@ class KVCache(ABC):
 
     @abstractmethod
     def _decode(self, ids: Array, moving: Array) -> Array: ...
+
+    def _chunk_after(self, past: int, rows: int = 1) -> int:
+        """Tokens of the next run of a prompt, in ``rows`` rows behind ``past`` tokens."""
+        if not self.score_heads:
+            return self.chunk_tokens
+        fitting = SCORE_BYTES // (4 * rows * self.score_heads * (past + self.chunk_tokens))
+        return min(self.chunk_tokens, max(fitting, LEAST_CHUNK_TOKENS))
 
     def _checked(self, row: Tokens, length: int) -> Array:
         ids = _as_ids(row)
@@ -211,10 +225,10 @@ class InPlaceCache(KVCache):
         result = []
         for b, row in enumerate(rows):  # several tokens on a filled cache: one row at a time
             parts = []
-            for begin in range(0, row.size, self.chunk_tokens):
-                chunk = row[None, begin : begin + self.chunk_tokens]
-                logits = self._run(chunk, b, self.lengths[b : b + 1] + chunk.shape[1])
-                self.lengths[b] += chunk.shape[1]
+            while row.size:
+                chunk, row = np.split(row, [self._chunk_after(int(self.lengths[b]))])
+                logits = self._run(chunk[None], b, self.lengths[b : b + 1] + chunk.size)
+                self.lengths[b] += chunk.size
                 parts.append(logits[0] if all_logits else logits[0, -1:])
             result.append(np.concatenate(parts) if all_logits else parts[-1][0])
         return result
@@ -291,10 +305,11 @@ class GrowingCache(KVCache):
         for b, row in enumerate(rows):
             ids[b, longest - row.size :] = row
             valid[b, longest - row.size :] = 1
-        parts = []
-        for begin in range(0, longest, self.chunk_tokens):
-            end = begin + self.chunk_tokens
+        parts, begin = [], 0
+        while begin < longest:
+            end = begin + self._chunk_after(self.mask.shape[1], len(rows))
             logits = self.run(ids[:, begin:end], valid[:, begin:end])
+            begin = end
             parts.append(logits if all_logits else logits[:, -1:])
         if all_logits:
             whole = np.concatenate(parts, 1)
