@@ -75,7 +75,7 @@ class Bundle:
 
     @property
     def shape(self) -> Mapping[str, int]:
-        """vocab_size, trained_length, max_length."""
+        """vocab_size, score_heads, trained_length, max_length."""
         return self.manifest["model"]
 
     @property
@@ -92,6 +92,11 @@ class Bundle:
     def path_dependent(self) -> bool:
         """Whether the logits depend on the chunks in which a text is run: its frequencies switch with the length."""
         return self.manifest["encoding"]["path_dependent"]
+
+    @property
+    def score_heads(self) -> int:
+        """H of the tensors [H, T, S] that a run holds; 0 where attention is fused and has no bias, or nothing says."""
+        return self.manifest["model"].get("score_heads", 0)
 
     @property
     def max_length(self) -> int | None:
@@ -193,6 +198,8 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
         require(start is None or (isinstance(start, int) and not isinstance(start, bool)), "model.encoder.start_token")
     for name in ("trained_length", "max_length"):
         require(name in m["model"] and (m["model"][name] is None or count(m["model"][name])), f"model.{name}")
+    heads = m["model"].get("score_heads", 0)
+    require(heads == 0 or count(heads), "model.score_heads")
     require(isinstance(m["encoding"].get("name"), str), "encoding.name")
     require(isinstance(m["encoding"].get("parameters"), dict), "encoding.parameters")
     require(isinstance(m["encoding"].get("path_dependent"), bool), "encoding.path_dependent")

@@ -19,7 +19,13 @@ Tokens = Sequence[int]
 Array = np.ndarray[Any, Any]
 
 CHUNK_TOKENS = 256
-"""Prompt tokens of one run: enough to fill the cores, few enough that scores [H, T, S] stay small."""
+"""Prompt tokens of one run: enough to fill the cores."""
+
+LEAST_CHUNK_TOKENS = 64
+"""Fewer leave the cores idle."""
+
+SCORE_BYTES = 16 << 20
+"""Of one tensor [H, T, S], the scores or their bias, where a run holds such: the longer S, the fewer tokens T."""
 
 Path = list[dict[int, Array]]
 """Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
@@ -29,8 +35,9 @@ class KVCache(ABC):
     """The cache of ``batch_size`` rows. ``lengths``: int64 ``[B]``, the tokens each row holds.
 
     max_length: tokens a row may hold; default the trained length. chunk_tokens: prompt tokens of one run; default
-    CHUNK_TOKENS, or the whole prompt where the encoding's frequencies depend on how far a run reaches. sources: one
-    for each row of an encoder-decoder. Raises ConfigError for more than the encoding takes.
+    CHUNK_TOKENS, fewer where tensors [H, T, S] would outgrow SCORE_BYTES, or the whole prompt where the encoding's
+    frequencies depend on how far a run reaches. sources: one for each row of an encoder-decoder. Raises ConfigError
+    for more than the encoding takes.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class KVCache(ABC):
             raise ConfigError("a cache of an encoder-decoder, and of no other, is over sources: cache(sources=...)")
         if sources is not None and len(sources.lengths) != batch_size:
             raise ConfigError(f"{len(sources.lengths)} sources for a cache of {batch_size} rows")
+        self.score_heads = 0 if chunk_tokens or bundle.path_dependent else bundle.score_heads
         if chunk_tokens is None:
             chunk_tokens = sys.maxsize if bundle.path_dependent else CHUNK_TOKENS
         hard = bundle.max_length
@@ -152,6 +160,13 @@ class KVCache(ABC):
 
     @abstractmethod
     def _decode(self, ids: Array, moving: Array) -> Array: ...
+
+    def _chunk_after(self, past: int, rows: int = 1) -> int:
+        """Tokens of the next run of a prompt, in ``rows`` rows behind ``past`` tokens."""
+        if not self.score_heads:
+            return self.chunk_tokens
+        fitting = SCORE_BYTES // (4 * rows * self.score_heads * (past + self.chunk_tokens))
+        return min(self.chunk_tokens, max(fitting, LEAST_CHUNK_TOKENS))
 
     def _checked(self, row: Tokens, length: int) -> Array:
         ids = _as_ids(row, self.vocab_size)

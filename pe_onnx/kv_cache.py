@@ -126,10 +126,10 @@ class InPlaceCache(KVCache):
         result = []
         for b, row in enumerate(rows):  # several tokens on a filled cache: one row at a time
             parts = []
-            for begin in range(0, row.size, self.chunk_tokens):
-                chunk = row[None, begin : begin + self.chunk_tokens]
-                logits = self._run(chunk, b, self.lengths[b : b + 1] + chunk.shape[1])
-                self.lengths[b] += chunk.shape[1]
+            while row.size:
+                chunk, row = np.split(row, [self._chunk_after(int(self.lengths[b]))])
+                logits = self._run(chunk[None], b, self.lengths[b : b + 1] + chunk.size)
+                self.lengths[b] += chunk.size
                 parts.append(logits[0] if all_logits else logits[0, -1:])
             result.append(np.concatenate(parts) if all_logits else parts[-1][0])
         return result
@@ -218,10 +218,11 @@ class GrowingCache(KVCache):
         for b, row in enumerate(rows):
             ids[b, longest - row.size :] = row
             valid[b, longest - row.size :] = 1
-        parts = []
-        for begin in range(0, longest, self.chunk_tokens):
-            end = begin + self.chunk_tokens
+        parts, begin = [], 0
+        while begin < longest:
+            end = begin + self._chunk_after(self.mask.shape[1], len(rows))
             logits = self.run(ids[:, begin:end], valid[:, begin:end])
+            begin = end
             parts.append(logits if all_logits else logits[:, -1:])
         if all_logits:
             whole = np.concatenate(parts, 1)

@@ -128,6 +128,7 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
         "model": {
             "caches": [list(cache) for cache in e.caches],
             "vocab_size": e.vocab_size,
+            "score_heads": max((_score_heads(node) for graph in graphs for node in graph), default=0),
             "trained_length": e.trained_length,
             "max_length": e.max_length,
             "encoder": crossing
@@ -147,6 +148,14 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
         },
         "tools": {"pe-onnx": __version__, "python": platform.python_version(), **_tool_versions()},
     }
+
+
+def _score_heads(node: ir.Node) -> int:
+    """H of a tensor [H, T, S] at fused attention: a bias, or the scores that a soft-cap or sinks have materialised."""
+    if node.op_type != "CachedAttention":
+        return 0
+    fused = not any(node.inputs[7:]) and not node.attributes.get_float("softcap")
+    return 0 if fused else node.attributes.get_int("num_heads")
 
 
 def _tool_versions() -> dict[str, str]:

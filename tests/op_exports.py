@@ -73,6 +73,10 @@ def general_t5(weight: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) 
     return ops.t5_relative_bias(weight, queries, keys, keys.shape[1], 20)
 
 
+def encoder_t5(weight: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return ops.t5_relative_bias(weight, queries, keys, keys.shape[1], 20, True)
+
+
 ROWS = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 CACHE = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
 MASK = {**ROWS, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
@@ -113,6 +117,12 @@ MODULES: dict[str, tuple[str, Callable[..., Any], tuple[Any, ...], tuple[Any, ..
         "T5RelativeBias",
         general_t5,
         (randn(8, 3), positions(4, 9, count=3), positions(0, 1, count=7)),
+        ({}, ROWS, ROWS),
+    ),
+    "t5-bidirectional": (
+        "T5RelativeBias",
+        encoder_t5,
+        (randn(9, 3), positions(4, 9, count=3), positions(0, 1, count=7)),
         ({}, ROWS, ROWS),
     ),
     "t5-compact": ("T5RelativeBias", compact_t5, compact_inputs(7, 4, 4, count=3), ({}, ROWS, ROWS)),

@@ -73,8 +73,10 @@ def alibi_naive(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor)
     return out
 
 
-def t5_naive(weight: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, max_distance: int) -> Array:
+def t5_naive(
+    weight: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, max_distance: int, bidirectional: bool = False
+) -> Array:
     n = weight.shape[0]
     relative = keys[:, None, :] - queries[:, :, None]
-    bucket = T5Attention._relative_position_bucket(relative, False, n, max_distance)  # transformers' own
+    bucket = T5Attention._relative_position_bucket(relative, bidirectional, n, max_distance)  # transformers' own
     return weight.double().numpy()[bucket.numpy()].transpose(0, 3, 1, 2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import pe_onnx
+from pe_onnx import cached_rows
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import FIRST_CAPACITY, GrowingCache, InPlaceCache
 
@@ -69,6 +70,33 @@ def test_ragged_rows_equal_rows_alone(bundles: Bundles, encoding: str, target: s
         steps = [alone.prefill([row])[0].copy()] + [alone.decode([i + b])[0].copy() for i in range(6)]
         for i, logits in enumerate(steps):
             np.testing.assert_allclose(together[i][b], logits, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options", "sizes"),
+    [
+        ("t5_bias", {}, [256, 128, 102, 88, 26]),
+        ("alibi", {}, [256, 128, 102, 88, 26]),
+        ("rope", {}, [256, 256, 88]),
+        ("t5_bias", {"chunk_tokens": 200}, [200, 200, 200]),
+        ("rope_dynamic", {}, [600]),
+    ],
+)
+def test_a_long_past_makes_chunks_with_a_bias_small(
+    bundles: Bundles, encoding: str, options: dict[str, int], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor [H, T, S] outgrows its bytes, and the logits are those of the prompt whole."""
+    model = pe_onnx.load(bundles(encoding))
+    heads = model.bundle.score_heads
+    assert (heads > 0) == (encoding in ("t5_bias", "alibi"))
+    monkeypatch.setattr(cached_rows, "SCORE_BYTES", 4 * 256 * 256 * max(heads, 1))
+    cache = model.cache(**options)
+    cache.path = []
+    logits = cache.prefill([TOKENS[:600]])[0]
+    assert [len(run[0]) for run in cache.path] == sizes
+    assert cache.lengths.tolist() == [600]
+    whole = model.cache(chunk_tokens=600).prefill([TOKENS[:600]])[0]
+    np.testing.assert_allclose(logits, whole, atol=2e-4)
 
 
 @pytest.mark.parametrize("target", ["ort", "portable"])

@@ -50,9 +50,20 @@ def test_buckets_are_those_of_transformers(n: int, m: int) -> None:
     assert got.tolist() == one_by_one  # a vectorised logarithm may round otherwise than a single one
 
 
+@pytest.mark.parametrize(("n", "m"), sorted({(2 * n + odd, m) for n, m in BUCKETS for odd in (0, 1)}))
+def test_bidirectional_buckets_are_those_of_transformers(n: int, m: int) -> None:
+    got = bucket_of_distance(n, m, bidirectional=True)
+    assert got.shape == (2 * m + 1,)
+    relative = torch.arange(-3 * m, 3 * m + 1)  # key minus query
+    want = T5Attention._relative_position_bucket(relative, True, n, m)
+    torch.testing.assert_close(got[(-relative).clamp(-m, m) + m], want, rtol=0, atol=0)
+
+
 def test_buckets_by_hand() -> None:
     assert bucket_of_distance(2, 2).tolist() == [0, 1, 1]
     assert bucket_of_distance(4, 4).tolist() == [0, 1, 2, 3, 3]
+    assert bucket_of_distance(4, 2, bidirectional=True).tolist() == [3, 3, 0, 1, 1]
+    assert bucket_of_distance(9, 4, bidirectional=True).tolist() == [7, 7, 6, 5, 0, 1, 2, 3, 3]
     assert bucket_of_distance(8, 16).tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
 
 
@@ -60,6 +71,12 @@ def test_buckets_by_hand() -> None:
 def test_buckets_without_a_meaning_are_refused(n: int, m: int) -> None:
     with pytest.raises(ConfigError, match=f"num_buckets = {n} .*max_distance = {m} "):
         bucket_of_distance(n, m)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 128), (1, 128), (0, 9), (-4, 9), (32, 8), (32, 1), (33, 8), (4, 1), (7, -5)])
+def test_bidirectional_buckets_without_a_meaning_are_refused(n: int, m: int) -> None:
+    with pytest.raises(ConfigError, match=f"num_buckets = {n} must be at least 4 and max_distance = {m} .*bidirect"):
+        bucket_of_distance(n, m, bidirectional=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, F64])
@@ -73,13 +90,22 @@ def test_t5_relative_bias_looks_the_bucket_up(n: int, m: int, dtype: torch.dtype
     np.testing.assert_array_equal(compact.double(), t5_naive(weight, queries, positions(0, count=63), m))
 
 
-def test_t5_relative_bias_is_that_of_transformers() -> None:
+def t5_attention(is_decoder: bool, num_buckets: int, max_distance: int) -> tuple[T5Attention, torch.Tensor]:
+    """transformers' attention of three heads and its table."""
     config = T5Config(
-        d_model=24, d_kv=8, num_heads=3, relative_attention_num_buckets=10, relative_attention_max_distance=40
+        d_model=24,
+        d_kv=8,
+        num_heads=3,
+        relative_attention_num_buckets=num_buckets,
+        relative_attention_max_distance=max_distance,
     )
-    config.is_decoder = True
+    config.is_decoder = is_decoder
     attention = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
-    weight = attention.relative_attention_bias.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return attention, attention.relative_attention_bias.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+
+
+def test_t5_relative_bias_is_that_of_transformers() -> None:
+    attention, weight = t5_attention(True, 10, 40)
     with torch.no_grad():
         whole = attention.compute_bias(63, 63)
         step = attention.compute_bias(1, 63, past_seen_tokens=62)
@@ -89,11 +115,62 @@ def test_t5_relative_bias_is_that_of_transformers() -> None:
     assert (ops.t5_relative_bias(weight, at + 1, None, 63, 40) - whole).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(32, 128), (10, 40), (9, 5), (7, 4), (5, 3), (4, 3), (33, 17), (64, 2048)])
+def test_both_directions_are_exactly_those_of_transformers(n: int, m: int, bidirectional: bool, tmp_path: Path) -> None:
+    attention, weight = t5_attention(not bidirectional, n, m)
+    with torch.no_grad():
+        want = attention.compute_bias(63, 300)  # keys before, at and after every query
+    at, keys = positions(0, count=63), positions(0, count=300)
+    got = ops.t5_relative_bias(weight, at, None, 300, m, bidirectional)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    model = save(
+        lambda w, q, k: ops.t5_relative_bias(w, q, None, k.shape[1], m, bidirectional),
+        (weight, at, keys),
+        ({}, ROWS, ROWS),
+        tmp_path / "t5.onnx",
+    )
+    np.testing.assert_array_equal(model.run(weight, at, keys)[0], want)
+    if bidirectional:  # the other direction is another bias
+        assert (ops.t5_relative_bias(weight, at, None, 300, m) - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("engine", ["run", "evaluate"])
+def test_bidirectional_t5_in_onnx(engine: str, exported: Get) -> None:
+    model, weight = exported("t5-bidirectional"), randn(9, 3)
+    for B, T, S in [(1, 1, 1), (1, 17, 63), (3, 17, 63), (2, 1, 1000), (1, 63, 7)]:
+        queries, keys = positions(*range(30, 30 + 40 * B, 40), count=T), positions(*range(B), count=S)
+        (got,) = getattr(model, engine)(weight, queries, keys)
+        np.testing.assert_array_equal(got, t5_naive(weight, queries, keys, 20, True))
+
+
+@pytest.mark.parametrize("engine", ["run", "evaluate"])
+@pytest.mark.parametrize("name", ["t5", "t5-bidirectional"])
+def test_columns_in_front_are_repeated_only_where_all_are_far(name: str, engine: str, exported: Get) -> None:
+    """Padding between tokens, rows of other lengths, keys and queries in no order, one far column and none."""
+    weight, model = randn(8 if name == "t5" else 9, 3), exported(name)
+    generator = torch.Generator().manual_seed(0)
+    cases = [
+        (torch.randint(0, 90, (3, 7), generator=generator), torch.randint(0, 90, (3, 63), generator=generator)),
+        (
+            positions(70, 300, count=5),
+            torch.cat((torch.zeros(2, 30, dtype=torch.int64), positions(0, 200, count=63)), 1),
+        ),
+        *((positions(first, count=3), positions(0, count=63)) for first in (19, 20, 21, 22, 60, 82, 83, 500)),
+        (positions(500, count=1), positions(0, count=1)),
+        (positions(90, count=2), torch.cat((positions(80, count=5), positions(0, count=30)), 1)),
+    ]
+    for queries, keys in cases:
+        (got,) = getattr(model, engine)(weight, queries, keys)
+        np.testing.assert_array_equal(got, t5_naive(weight, queries, keys, 20, name != "t5"))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("keys", [positions(0, 2, count=17), None])
-def test_gradient_of_t5_relative_bias(keys: torch.Tensor | None) -> None:
+def test_gradient_of_t5_relative_bias(keys: torch.Tensor | None, bidirectional: bool) -> None:
     weight = randn(6, 3, dtype=F64).requires_grad_()
     queries = positions(3, 30, count=5)
-    assert torch.autograd.gradcheck(lambda w: ops.t5_relative_bias(w, queries, keys, 17, 20), (weight,))
+    assert torch.autograd.gradcheck(lambda w: ops.t5_relative_bias(w, queries, keys, 17, 20, bidirectional), (weight,))
 
 
 @pytest.mark.parametrize("engine", ["run", "evaluate"])
@@ -124,14 +201,11 @@ COMPACT = {  # keys, new tokens, position of each row's first
     "chunk-with-empty-slots": (63, 5, [4]),  # shorter than the cache, as compact rows may be
     "rows-step-with-empty-slots": (63, 1, [40, 4]),
 }
-NEGATIVE_PAD = {"one-row-one-key", "one-row-step"}
-"""numpy, and so onnx's reference, pads by no negative number, which the standard allows and onnxruntime takes."""
 
 
-@pytest.mark.parametrize(
-    ("case", "engine"), [(c, e) for e in ("run", "evaluate") for c in COMPACT if e == "run" or c not in NEGATIVE_PAD]
-)
-def test_t5_relative_bias_by_slices_in_onnx(case: str, engine: str, exported: Get) -> None:
+@pytest.mark.parametrize("engine", ["run", "evaluate"])
+@pytest.mark.parametrize("case", COMPACT)
+def test_t5_relative_bias_on_consecutive_keys_in_onnx(case: str, engine: str, exported: Get) -> None:
     S, T, starts = COMPACT[case]
     args = compact_inputs(S, *starts, count=T)
     want = t5_naive(args[0], args[1], positions(0, count=S), 20)
