@@ -19,9 +19,12 @@ from pe_onnx.custom_ops._onnx import OPSET, keep_functions
 from pe_onnx.custom_ops._operator import Operator
 from pe_onnx.custom_ops.alibi_bias import alibi_bias
 from pe_onnx.custom_ops.cached_attention import cached_attention
+from pe_onnx.custom_ops.cross_attention import cross_attention
 from pe_onnx.custom_ops.distance_bias import distance_bias
+from pe_onnx.custom_ops.encoder_attention import encoder_attention
 from pe_onnx.custom_ops.fire_bias import fire_bias
 from pe_onnx.custom_ops.masked_attention import masked_attention
+from pe_onnx.custom_ops.relative_band import relative_band
 from pe_onnx.custom_ops.rotary_embedding import rotary_embedding
 from pe_onnx.custom_ops.t5_relative_bias import t5_relative_bias
 from pe_onnx.discovery import load as _load
@@ -31,10 +34,13 @@ __all__ = [
     "OPSET",
     "alibi_bias",
     "cached_attention",
+    "cross_attention",
     "distance_bias",
+    "encoder_attention",
     "fire_bias",
     "masked_attention",
     "operators",
+    "relative_band",
     "rotary_embedding",
     "t5_relative_bias",
     "translation_table",

@@ -58,7 +58,9 @@ def EncoderAttention(
             )
             left = opset23.Max(start - m, zero)
             right = opset23.Max(first + S - W, zero)
-            bias = opset23.Pad(near, opset23.Concat(before, left, before, right, axis=0), mode="edge")  # [1, H, rows, S]
+            bias = opset23.Pad(
+                near, opset23.Concat(before, left, before, right, axis=0), mode="edge"
+            )  # [1, H, rows, S]
             chunk = opset23.Attention(
                 opset23.Slice(queries, start, start + rows, one),
                 key,
