@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,19 @@ import onnx
 import onnxruntime
 import torch
 from onnx.reference import ReferenceEvaluator
-from op_inputs import CACHED, F16, cached_arguments, compact_inputs, masked_arguments, positions, randn, rotary_inputs
+from op_inputs import (
+    CACHED,
+    F16,
+    F32,
+    cached_arguments,
+    compact_inputs,
+    cross_arguments,
+    encoder_arguments,
+    masked_arguments,
+    positions,
+    randn,
+    rotary_inputs,
+)
 from op_oracles import Array
 from torch import nn
 
@@ -50,6 +63,20 @@ class Exported:
         return ReferenceEvaluator(self.model).run(None, self.feed(tensors))
 
 
+def largest_outputs(path: Path, tensors: tuple[torch.Tensor, ...], folder: Path) -> dict[str, int]:
+    """Operators that a run executes, subgraphs included, and the bytes of the greatest output of each."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), tensors, strict=True)})
+    sizes: dict[str, int] = {}
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            name = event["args"]["op_name"]
+            sizes[name] = max(sizes.get(name, 0), int(event["args"]["output_size"]))
+    return sizes
+
+
 def rotary(num_heads: int, interleaved: bool) -> Callable[..., torch.Tensor]:
     return lambda x, cos, sin: ops.rotary_embedding(x, cos, sin, num_heads, interleaved)
 
@@ -75,6 +102,18 @@ def general_t5(weight: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) 
 
 def encoder_t5(weight: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return ops.t5_relative_bias(weight, queries, keys, keys.shape[1], 20, True)
+
+
+def band(weight: torch.Tensor) -> torch.Tensor:
+    return ops.relative_band(weight, 20, 8)
+
+
+def encoder(*tensors: torch.Tensor) -> torch.Tensor:
+    return ops.encoder_attention(*tensors, 3, 0.5)
+
+
+def cross(*tensors: torch.Tensor) -> Any:
+    return ops.cross_attention(*tensors, 3, 0.5)
 
 
 ROWS = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -126,6 +165,25 @@ MODULES: dict[str, tuple[str, Callable[..., Any], tuple[Any, ...], tuple[Any, ..
         ({}, ROWS, ROWS),
     ),
     "t5-compact": ("T5RelativeBias", compact_t5, compact_inputs(7, 4, 4, count=3), ({}, ROWS, ROWS)),
+    "band": ("RelativeBand", band, (randn(12, 3),), ({},)),
+    **{
+        f"encoder{name}": (
+            "EncoderAttention",
+            encoder,
+            (*encoder_arguments(2, 11, dtype)[:4], band(randn(12, 3, dtype=dtype))),
+            (ROWS, ROWS, ROWS, ROWS, {}),
+        )
+        for name, dtype in (("", F32), ("-float16", F16))
+    },
+    **{
+        f"cross{name}": (
+            "CrossAttention",
+            cross,
+            cross_arguments(2, 3, 11, True, dtype),
+            (ROWS, ROWS, {}, {}, CACHE, CACHE, ROWS),
+        )
+        for name, dtype in (("", F32), ("-float16", F16))
+    },
     **{
         call.module: (
             "CachedAttention",

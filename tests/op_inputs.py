@@ -115,3 +115,28 @@ def rotary_inputs(B: int, T: int, packed: bool, dtype: torch.dtype = F32) -> tup
 
 def compact_inputs(S: int, *starts: int, count: int = 1, H: int = 3) -> tuple[torch.Tensor, ...]:
     return randn(8, H), positions(*starts, count=count), torch.ones(len(starts), S, dtype=torch.int64)
+
+
+def source_mask(B: int, S: int) -> torch.Tensor:
+    """Padding on the left in the first row, on the right in the second, inside in the third; never all of a row."""
+    mask = torch.ones(B, S, dtype=torch.bool)
+    if S > 3:
+        mask[0, : S // 3] = False
+        mask[1:2, -(S // 4) :] = False
+        mask[2:3, 1 : S // 2] = False
+    return mask
+
+
+def encoder_arguments(B: int, S: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Three heads of size 5, twelve buckets; query, key, value, mask and the table of the bias."""
+    tensors = tuple(randn(B, S, 15, seed=seed).to(dtype) for seed in range(3))
+    return (*tensors, source_mask(B, S), (2 * randn(12, 3, seed=3)).to(dtype))
+
+
+def cross_arguments(
+    B: int, T: int, S: int, first: bool, dtype: torch.dtype = torch.float32, read: int = 0
+) -> tuple[Any, ...]:
+    """Three heads of size 5 over an encoder of width 7; read: states that a later run is given, and shall not read."""
+    tensors = (randn(B, T, 15), randn(B, S if first else read, 7, seed=1), randn(7, 15, seed=2), randn(7, 15, seed=3))
+    tensors += tuple(randn(B, 3, 0 if first else S, 5, seed=seed) for seed in (4, 5))
+    return (*(x.to(dtype) for x in tensors), source_mask(B, S))

@@ -80,3 +80,10 @@ def t5_naive(
     relative = keys[:, None, :] - queries[:, :, None]
     bucket = T5Attention._relative_position_bucket(relative, bidirectional, n, max_distance)  # transformers' own
     return weight.double().numpy()[bucket.numpy()].transpose(0, 3, 1, 2)
+
+
+def encoder_bias_naive(weight: torch.Tensor, S: int, max_distance: int, shift: int = 0, sign: int = 1) -> Array:
+    """``[1, H, S, S]``; shift and sign other than 0 and 1 are a mistake to be noticed."""
+    relative = sign * (torch.arange(S) - torch.arange(S)[:, None]) + shift  # key - query
+    bucket = T5Attention._relative_position_bucket(relative, True, weight.shape[0], max_distance)
+    return weight.double().numpy()[bucket.numpy()].transpose(2, 0, 1)[None]

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from op_inputs import F16, F64, angles, cached_arguments, masked_arguments, positions, randn
+from op_inputs import (
+    F16,
+    F64,
+    angles,
+    cached_arguments,
+    cross_arguments,
+    encoder_arguments,
+    masked_arguments,
+    positions,
+    randn,
+)
 
 import pe_onnx.custom_ops as ops
 
@@ -47,6 +57,21 @@ OPCHECKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ops.fire_bias,
         (positions(4, 60, count=5), positions(0, 2, count=17), randn(2), randn(8, 1), randn(8), randn(3, 8), randn(3)),
     ),
+    "band": (ops.relative_band, (randn(12, 3), 20, 8)),
+    "band-float16": (ops.relative_band, (randn(32, 2, dtype=F16),)),
+    "encoder": (ops.encoder_attention, (*encoder_arguments(3, 17)[:4], randn(1, 3, 8, 48), 3, 0.5)),
+    "encoder-one-token-float16": (
+        ops.encoder_attention,
+        (*encoder_arguments(1, 1, F16)[:4], randn(1, 3, 8, 48, dtype=F16), 3, 0.5),
+    ),
+    "encoder-float64": (
+        ops.encoder_attention,
+        (*encoder_arguments(2, 9, F64)[:4], randn(1, 3, 2, 8, dtype=F64), 3, 1.0),
+    ),
+    "cross-first": (ops.cross_attention, (*cross_arguments(3, 5, 11, True), 3, 0.5)),
+    "cross-first-float16": (ops.cross_attention, (*cross_arguments(1, 1, 1, True, F16), 3, 0.5)),
+    "cross-later": (ops.cross_attention, (*cross_arguments(2, 1, 11, False), 3, 0.5)),
+    "cross-later-float64": (ops.cross_attention, (*cross_arguments(1, 4, 7, False, F64), 3, 0.5)),
     "t5-compact": (ops.t5_relative_bias, (randn(32, 3), positions(4, 60, count=1), None, 61)),
 }
 
@@ -61,7 +86,7 @@ def test_registration_fake_kernel_and_gradient_formula_hold_together(case: str) 
 
 def test_every_operator_is_among_the_cases() -> None:
     names = {"alibi_bias", "cached_attention", "distance_bias", "fire_bias", "masked_attention", "rotary_embedding"}
-    names |= {"t5_relative_bias"}
+    names |= {"cross_attention", "encoder_attention", "relative_band", "t5_relative_bias"}
     assert set(ops.operators()) == names
     assert {operator.name for operator, _ in OPCHECKS.values()} == names
     assert set(ops.translation_table()) == {getattr(torch.ops.pe_onnx, name).default for name in names}
