@@ -1,11 +1,8 @@
 """T5's bias of an encoder, by buckets of the signed distance, as a band whose slices are the bias of any queries.
 
-Raffel et al. 2020, section 2.1; buckets as transformers 5 `T5Attention._relative_position_bucket` (bidirectional) has
-them, with r = key position - query position, n = number of buckets / 2 and m = max_distance::
+Raffel et al. 2020, section 2.1; bidirectional buckets as `t5_relative_bias` has them, of r = key position - query
+position, m = max_distance::
 
-    bucket(r) = side(r) + b(|r|)                       side(r) = n for r > 0, else 0
-    b(d) = d                                                                   for d < e = n // 2
-         = min(e + floor(log(d/e) / log(m/e) * (n - e)), n - 1)                otherwise
     band[0, h, i, w] = weight[bucket(clip(w - m - i, -m, m)), h]               w = 0 .. R + 2m - 1
 
 A bias of the distance alone is a Toeplitz matrix: row i of the band is row 0 moved by i. So the bias of the R queries
@@ -13,14 +10,12 @@ from s on against all keys is the band, its column w at key s + w - m, with the 
 beyond: no gather, whatever the length of the source.
 """
 
-import math
-
 import torch
 from onnxscript import FLOAT, INT64, opset23, script
 
 from pe_onnx.custom_ops._onnx import PE_ONNX
 from pe_onnx.custom_ops._operator import operator
-from pe_onnx.errors import ConfigError
+from pe_onnx.custom_ops.t5_relative_bias import bucket_of_distance
 
 CHUNK = 128
 """Queries that are attended to at once: with 64 every key is packed twice as often, with 256 scores leave the cache."""
@@ -29,21 +24,9 @@ CHUNK = 128
 def buckets_by_offset(num_buckets: int, max_distance: int) -> torch.Tensor:
     """Bucket of each key position - query position from -max_distance to max_distance, int64 ``[2 max_distance + 1]``.
 
-    The logarithm is float32, as in transformers: which side of a bucket's border a distance falls on depends on it.
     Raises ConfigError where the formula has no meaning.
     """
-    side = num_buckets // 2
-    exact = side // 2
-    if exact < 1 or max_distance <= exact:
-        raise ConfigError(
-            f"T5 bias of an encoder: num_buckets = {num_buckets} must be at least 4 and max_distance = {max_distance} "
-            f"greater than a quarter of it"
-        )
-    distance = torch.arange(max_distance + 1)
-    ratio = torch.log(distance.float().clamp(min=1) / exact) / math.log(max_distance / exact)
-    far = (exact + (ratio * (side - exact)).to(torch.long)).clamp(max=side - 1)
-    bucket = torch.where(distance < exact, distance, far)
-    return torch.cat((bucket.flip(0), side + bucket[1:]))
+    return bucket_of_distance(num_buckets, max_distance, bidirectional=True).flip(0)
 
 
 def _fake(weight: torch.Tensor, max_distance: int = 128, rows: int = CHUNK) -> torch.Tensor:
