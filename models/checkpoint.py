@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import re
@@ -19,12 +20,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    ByT5Tokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from pe_onnx.errors import CheckpointError, did_you_mean
-from pe_onnx.models import config_keys, config_reads, rope_scaling, rope_types, weight_shapes
+from pe_onnx.models import byte_tokenizer, config_keys, config_reads, rope_scaling, rope_types, weight_shapes
 from pe_onnx.models.config_origin import Origins, blame, text_config
 from pe_onnx.models.encoding_config import Encoding, read_encoding, refuse_misspelt, trained_length
 from pe_onnx.models.observed import Observed, observe
@@ -87,7 +89,7 @@ def load(path: Path, scaling: Mapping[str, Any] | None = None, follow: bool = Fa
         encoding=encoding,
         trained_length=reach or trained_length(text),
         config_json=config_json,
-        generation_config_json=model.generation_config.to_dict(),
+        generation_config_json={k: v for k, v in model.generation_config.to_dict().items() if v is not None},
         tokenizer=tokenizer,
         write_assets=write_assets,
     )
@@ -257,9 +259,11 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
         )
         if getattr(tokenizer, "is_fast", False):
             return {"kind": "tokenizer.json"}, lambda target: tokenizer.save_pretrained(target) and None
+        if isinstance(tokenizer, ByT5Tokenizer):
+            return {"kind": "tokenizer.json"}, lambda target: byte_tokenizer.write(tokenizer, target)
         reason = "its tokenizer has no fast form"
     except Exception as error:  # none that transformers knows; a plain vocabulary may still do
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = _missing_reader(held) or str(error).strip().split("\n", 1)[0]
     if _plain_vocabulary(folder):
 
         def copy_vocabulary(target: Path) -> None:
@@ -269,6 +273,13 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
 
         return {"kind": "vocab"}, copy_vocabulary
     raise CheckpointError(f"checkpoint {folder}: {gguf or held[0]} holds a tokenizer that cannot be read: {reason}")
+
+
+def _missing_reader(held: list[str]) -> str | None:
+    """The package without which transformers takes a .model for a file of tiktoken."""
+    if not any(name.endswith(".model") for name in held) or importlib.util.find_spec("sentencepiece"):
+        return None
+    return "transformers reads it with a package that is missing: pip install sentencepiece, and export again"
 
 
 def _plain_vocabulary(folder: Path) -> bool:

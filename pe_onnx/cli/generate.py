@@ -74,7 +74,7 @@ def command(
     """Generate text from a bundle.
 
     One prompt streams, unless with beams; several run as one batch. Without a prompt it is read from standard input.
-    Speed goes to stderr.
+    A decoder continues its prompt, an encoder-decoder answers it. Speed goes to stderr.
     """
     from pe_onnx.beam_search import BeamOptions
     from pe_onnx.generate import load
@@ -94,9 +94,13 @@ def command(
     interactive = chat and not prompts and sys.stdin.isatty()
     if interactive and beams > 1:
         raise click.UsageError("--beams needs a prompt: a conversation streams")
+    model = load(bundle, provider, threads, verify=not no_verify)
+    if model.encoder is not None and (chat or echo):
+        raise click.UsageError(
+            f"{'--chat' if chat else '--echo'} is for a decoder; an encoder-decoder answers its source, give that alone"
+        )
     if not prompts and tokens is None and not interactive:
         prompts = (_read_stdin(),)
-    model = load(bundle, provider, threads, verify=not no_verify)
     if interactive:
         _converse(model, system, sampling, max_new_tokens, stop, max_length)
         return
