@@ -42,6 +42,7 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/encodings.py --readme README.md
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/bridge.py
+	$(BIN)/python benchmarks/t5.py --readme README.md
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

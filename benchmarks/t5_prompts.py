@@ -1,0 +1,157 @@
+"""Prompts of a T5 decoder and its encoder for ``t5.py``: time in turns, memory as the peak of a process of its own.
+
+transformers runs a prompt whole, ours in chunks, as either does by itself. The encoder of ours runs with the cross
+cache's memory around it, which is a part of its peak.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from memory import status_bytes
+from t5_contestants import EAGER, OURS, ROTATED
+
+SOURCE_TOKENS = 128
+ROOM = 64
+
+
+def _tokens(count: int) -> list[int]:
+    return np.random.default_rng(0).integers(2, 32128, count).tolist()
+
+
+def our_prompt(folder: Path, tokens: int, threads: int) -> Callable[[], float]:
+    """A call that fills a new cache, and gives the seconds of that; the source is encoded before."""
+    import pe_onnx
+
+    model = pe_onnx.load(folder, threads=threads, verify=False)
+
+    def run() -> float:
+        cache = model.cache(max_length=tokens + ROOM, sources=[_tokens(SOURCE_TOKENS)])
+        cache.reserve(tokens)
+        begin = time.perf_counter()
+        cache.prefill([_tokens(tokens)])
+        return time.perf_counter() - begin
+
+    return run
+
+
+def their_prompt(folder: Path, tokens: int) -> Callable[[], float]:
+    import torch
+    from transformers import T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def run() -> float:
+        hidden = model.get_encoder()(input_ids=torch.tensor([_tokens(SOURCE_TOKENS)])).last_hidden_state
+        begin = time.perf_counter()
+        decoded = model.get_decoder()(
+            input_ids=torch.tensor([_tokens(tokens)]), encoder_hidden_states=hidden, use_cache=True
+        )
+        model.lm_head(decoded.last_hidden_state[:, -1])
+        return time.perf_counter() - begin
+
+    return run
+
+
+def our_encoder(folder: Path, tokens: int, threads: int) -> Callable[[], float]:
+    """The encoder's session alone, its output bound as the cache of a source binds it."""
+    import pe_onnx
+    from pe_onnx.sources import Sources
+
+    model = pe_onnx.load(folder, threads=threads, verify=False)
+    assert model.encoder is not None
+    encoder = model.encoder
+
+    def run() -> float:
+        begin = time.perf_counter()
+        Sources(encoder, model.session, [_tokens(tokens)])
+        return time.perf_counter() - begin
+
+    return run
+
+
+def their_encoder(folder: Path, tokens: int) -> Callable[[], float]:
+    import torch
+    from transformers import T5ForConditionalGeneration
+
+    encoder = T5ForConditionalGeneration.from_pretrained(folder).eval().get_encoder()
+
+    @torch.no_grad()
+    def run() -> float:
+        ids = torch.tensor([_tokens(tokens)])
+        begin = time.perf_counter()
+        encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return time.perf_counter() - begin
+
+    return run
+
+
+def _peak(make: Callable[..., Callable[[], float]], *args: Any) -> tuple[float, int]:
+    """Seconds of one run, and the peak bytes of its process."""
+    seconds = make(*args)()
+    return seconds, status_bytes("VmHWM")
+
+
+def alone(make: Callable[..., Callable[[], float]], *args: Any) -> tuple[float, int]:
+    """The same in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (make, *args))
+
+
+def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median seconds, contestants in turn, each first in its turn; one turn is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name in list(runs)[:: 1 if repeat % 2 else -1]:
+            seconds = runs[name]()
+            if repeat:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(folder: Path, prompt: int, sources: Sequence[int], repeats: int, threads: int) -> dict[str, Any]:
+    """What stands in ``t5.json`` of prompts and encoder. transformers runs the longest input once, alone."""
+    checkpoint = folder / "checkpoint"
+    click.echo(f"prompt of {prompt} tokens", err=True)
+    peaks = {name: alone(our_prompt, folder / name, prompt, threads)[1] for name in (OURS, ROTATED)}
+    seconds = interleaved({name: our_prompt(folder / name, prompt, threads) for name in peaks}, repeats)
+    seconds[EAGER], peaks[EAGER] = alone(their_prompt, checkpoint, prompt)
+    encoder: dict[int, dict[str, dict[str, float]]] = {}
+    for tokens in sources:
+        click.echo(f"encoder on {tokens} tokens", err=True)
+        ours, theirs = alone(our_encoder, folder / OURS, tokens, threads), alone(their_encoder, checkpoint, tokens)
+        times = {EAGER: theirs[0]}
+        runs = {OURS: our_encoder(folder / OURS, tokens, threads)}
+        if tokens < max(sources):
+            runs[EAGER] = their_encoder(checkpoint, tokens)
+        times.update(interleaved(runs, repeats))
+        encoder[tokens] = {
+            "ms": {name: 1000 * times[name] for name in (OURS, EAGER)},
+            "peak_bytes": {OURS: ours[1], EAGER: theirs[1]},
+        }
+    return {
+        "prefill": {
+            "tokens": prompt,
+            "tokens_per_s": {name: prompt / value for name, value in seconds.items()},
+            "peak_bytes": peaks,
+            "time_ratio_to_rope": seconds[OURS] / seconds[ROTATED],
+            "peak_ratio_to_rope": peaks[OURS] / peaks[ROTATED],
+        },
+        "encoder": encoder,
+    }
+
+
+def summary(measured: dict[str, Any]) -> str:
+    prompt = measured["prefill"]
+    return (
+        f"\na prompt of {prompt['tokens']:,} tokens takes {prompt['time_ratio_to_rope']:.2f} of the time with RoPE, "
+        f"and its peak is {prompt['peak_ratio_to_rope']:.2f} of that with RoPE"
+    )
