@@ -10,12 +10,12 @@ import torch
 from conftest import Bundles
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 
@@ -35,9 +35,18 @@ def write(root: Path, bundles: Bundles) -> dict[str, str]:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(root / "llama")
-    T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).to(
-        torch.float32
-    ).save_pretrained(root / "t5")
+    bart = BartConfig(
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+    )
+    BartForConditionalGeneration(bart).save_pretrained(root / "bart")
     MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(
         root / "mamba"
     )

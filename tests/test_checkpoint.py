@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import VOCAB
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration
 
 import pe_onnx
 from pe_onnx.errors import CheckpointError
@@ -89,10 +89,11 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
         load_model(folder)
 
 
-def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    config = T5Config(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="'t5' is an encoder-decoder"):
+def test_an_encoder_decoder_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=VOCAB, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="'bart' is an encoder-decoder; of these t5, mt5, umt5 only"):
         pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

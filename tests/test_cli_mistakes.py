@@ -71,7 +71,7 @@ USAGE = [
     ("export --model {empty_weights} -o b", ["truncated"]),
     ("export --model {no_weights} -o b", ["model.safetensors"]),
     ("export --model {bad_vocabulary} -o b", ["vocab.json"]),
-    ("export --model {t5} -o b", ["'t5'", "encoder-decoder"]),
+    ("export --model {bart} -o b", ["'bart'", "encoder-decoder", "t5, mt5, umt5 only"]),
     ("export --model {mamba} -o b", ["Mamba", "linear_attention"]),
     ("export --model {unknown_family} -o b", ["nonesuch"]),
     # the output
