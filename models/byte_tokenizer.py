@@ -8,16 +8,8 @@ them out, and a text that ends in ``</s>`` gets another one, where that gives a 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer
-
-
-def write(tokenizer: ByT5Tokenizer, folder: Path) -> None:
-    """tokenizer.json, and the files of transformers beside it."""
-    tokenizer.save_pretrained(folder)
-    convert(tokenizer).save(str(folder / "tokenizer.json"))
 
 
 def convert(tokenizer: ByT5Tokenizer) -> Tokenizer:

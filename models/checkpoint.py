@@ -242,13 +242,13 @@ def _is_old_mask(folder: Path, key: str) -> bool:
 
 def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None, Callable[[Path], None]]:
     """The manifest's entry, and a function that writes the tokenizer's files into the bundle."""
+
+    def copy(target: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
+
     if gguf is None and (folder / "tokenizer.json").is_file():
-
-        def copy(target: Path) -> None:
-            for name in TOKENIZER_FILES:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, target / name)
-
         return {"kind": "tokenizer.json"}, copy
     held = [path.name for pattern in TOKENIZER_SOURCES for path in sorted(folder.glob(pattern))]
     if gguf is None and not held:  # transformers would make an empty tokenizer of the family's kind
@@ -260,7 +260,12 @@ def _tokenizer(folder: Path, gguf: str | None) -> tuple[Mapping[str, Any] | None
         if getattr(tokenizer, "is_fast", False):
             return {"kind": "tokenizer.json"}, lambda target: tokenizer.save_pretrained(target) and None
         if isinstance(tokenizer, ByT5Tokenizer):
-            return {"kind": "tokenizer.json"}, lambda target: byte_tokenizer.write(tokenizer, target)
+
+            def copy_and_convert(target: Path) -> None:
+                copy(target)
+                byte_tokenizer.convert(tokenizer).save(str(target / "tokenizer.json"))
+
+            return {"kind": "tokenizer.json"}, copy_and_convert
         reason = "its tokenizer has no fast form"
     except Exception as error:  # none that transformers knows; a plain vocabulary may still do
         reason = _missing_reader(held) or str(error).strip().split("\n", 1)[0]

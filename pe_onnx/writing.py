@@ -31,7 +31,7 @@ EXTERNAL_FROM_BYTES = 257
 """Smaller tensors stand in the ONNX file in any case."""
 
 MERGED = "decoder_model_merged.onnx"
-"""Under this name optimum looks for one graph of the first and the later steps."""
+"""Under this name optimum 2.1 looks for one graph of the first and the later steps."""
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
 
@@ -58,7 +58,7 @@ def write(
     with write_bundle(output, manifest, force) as folder:
         _save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
         if target == "portable" and DECODER in models:
-            shutil.copyfile(folder / DECODER, folder / MERGED)
+            _write_merged(folder, exportable)
         for name, values in (
             ("config", exportable.config),
             ("generation_config", exportable.generation_config),
@@ -97,6 +97,32 @@ def _save(models: Mapping[str, ir.Model], folder: Path, embedded: bool) -> None:
         if large:
             model.metadata_props["pe_onnx.weights_sha256"] = checksum
         ir.save(model, folder / name)
+
+
+def _write_merged(folder: Path, e: Exportable) -> None:
+    """The decoder once more, under optimum's name.
+
+    At the first step optimum takes the head size of the empty past to be C / K. Where it is another, as in the small
+    sizes of T5 v1.1, the inputs leave it open, and the decoder's own past is reshaped, which copies nothing.
+    """
+    crossing = e.crossing
+    if crossing is None or all(crossing.width == K * D for K, D in (*e.caches, *crossing.caches)):
+        shutil.copyfile(folder / DECODER, folder / MERGED)
+        return
+    model = ir.load(folder / DECODER)
+    nodes = []
+    for value in model.graph.inputs:
+        name, shape = value.name or "", value.shape
+        if not name.startswith("past_key_values") or shape is None:
+            continue
+        value.shape = ir.Shape([*shape[:3], "head_size"])
+        if ".decoder." in name:
+            own = ir.Value(shape=shape, type=value.type)
+            value.replace_all_uses_with(own)
+            target = ir.node("Constant", [], {"value_ints": [0, 0, 0, shape[3]]})  # 0 keeps a length, of 0 too
+            nodes += [target, ir.node("Reshape", [value, target.outputs[0]], outputs=[own])]
+    model.graph.insert_before(model.graph[0], nodes)
+    ir.save(model, folder / MERGED)
 
 
 def _storage(tensor: ir.TensorProtocol) -> int:

@@ -44,7 +44,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("bytes")
-    byte_tokenizer.write(BYTES, folder)
+    byte_tokenizer.convert(BYTES).save(str(folder / "tokenizer.json"))
     return load_tokenizer(folder, {"kind": "tokenizer.json"})
 
 
