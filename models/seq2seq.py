@@ -113,7 +113,8 @@ def from_checkpoint(path: Path, target: Target, last_only: bool, follow: bool = 
     loaded = checkpoint.load(path, None, follow)
     model, config = loaded.model, loaded.model.config
     module, crossing, proof = bridge(model, target, last_only)
-    start = getattr(model.generation_config, "decoder_start_token_id", None)
+    names = ("decoder_start_token_id", "bos_token_id")  # in transformers' order
+    start = next((x for name in names if (x := getattr(model.generation_config, name, None)) is not None), None)
     return Exportable(
         module=module,
         caches=module.decoder.caches,
