@@ -24,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 from t5_contestants import EAGER, OURS, ROTATED, STOCK_GRAPH
+from t5_prompts import Clock
 
 LABELS = {
     OURS: "pe-onnx, T5 bias",
@@ -39,7 +40,9 @@ TURN_WARM_UP = 3
 Times = dict[str, list[float]]
 
 
-def in_turns(steps: Mapping[str, Callable[[], Any]], repeats: int, scarce: dict[str, int]) -> Times:
+def in_turns(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, scarce: dict[str, int], clock: Clock = time.perf_counter
+) -> Times:
     """Seconds of each contestant's calls. scarce: those who are called fewer times than ``repeats``."""
     times: Times = {name: [] for name in steps}
     for repeat in range(-TURN_WARM_UP, repeats):
@@ -49,15 +52,15 @@ def in_turns(steps: Mapping[str, Callable[[], Any]], repeats: int, scarce: dict[
             if repeat >= scarce.get(name, repeats) or -repeat > scarce.get(name, repeats):
                 continue
             steps[name]()
-            begin = time.perf_counter()
+            begin = clock()
             steps[name]()
             if repeat >= 0:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     return times
 
 
 def measure_decode(
-    folder: Path, contexts: Sequence[int], rounds: int, repeats: int, slow_repeats: int, threads: int
+    folder: Path, contexts: Sequence[int], rounds: int, repeats: int, slow_repeats: int, threads: int, clock: Clock
 ) -> dict[int, list[dict[str, float]]]:
     """By context and round: median ms of a decode step of each contestant."""
     from t5_contestants import Contestant, Eager, Ours, Stock
@@ -84,7 +87,7 @@ def measure_decode(
             for contestant in made.values():
                 contestant.begin(past)
             steps = {name: partial(contestant.step, 7) for name, contestant in made.items()}
-            times = in_turns(steps, repeats, {EAGER: slow_repeats, STOCK_GRAPH: slow_repeats})
+            times = in_turns(steps, repeats, {EAGER: slow_repeats, STOCK_GRAPH: slow_repeats}, clock)
             result[context].append({name: 1000 * statistics.median(x) for name, x in times.items()})
     return result
 
@@ -126,7 +129,7 @@ def draw(decode: dict[int, dict[str, float]], path: Path) -> None:
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "pe-onnx"
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     styles = {
@@ -151,11 +154,12 @@ def draw(decode: dict[int, dict[str, float]], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="decoder tokens in the cache", ylabel="ms per token")
     axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.35)
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False)
-    axes.set_title("A decode step of t5-small, two CPU cores", fontsize=11)
+    axes.set_title(f"A decode step of t5-small, {os.cpu_count()} CPU cores", fontsize=11)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
     pyplot.close(figure)
 
@@ -183,6 +187,9 @@ def export_all(folder: Path) -> None:
 @click.option("--slow-repeats", default=10, show_default=True, help="The same of the two others.")
 @click.option("--prefills", default=3, show_default=True, help="Prompts, and sources, of each contestant.")
 @click.option("--threads", default=0, show_default=True)
+@click.option(
+    "--cpu-time", is_flag=True, help="On a busy machine: processor time of one thread, what waits not counted."
+)
 @click.option("--bundles", type=click.Path(path_type=Path), help="Keep checkpoint and exports here; use those found.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the tables into this file too.")
@@ -195,6 +202,7 @@ def main(
     slow_repeats: int,
     prefills: int,
     threads: int,
+    cpu_time: bool,
     bundles: Path | None,
     output: Path,
     readme: Path | None,
@@ -206,12 +214,15 @@ def main(
     import transformers
 
     sizes, lengths = ([int(x) for x in given.split(",")] for given in (contexts, sources))
+    threads, clock = (1, time.thread_time) if cpu_time else (threads, time.perf_counter)
+    if threads:
+        torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = bundles or Path(temporary)
         if not (folder / STOCK_GRAPH).exists():
             export_all(folder)
-        other = t5_prompts.measure(folder, prompt, lengths, prefills, threads)
-        steps = measure_decode(folder, sizes, rounds, repeats, slow_repeats, threads)
+        other = t5_prompts.measure(folder, prompt, lengths, prefills, threads, clock)
+        steps = measure_decode(folder, sizes, rounds, repeats, slow_repeats, threads, clock)
     decode = {context: medians(figures) for context, figures in steps.items()}
     result = {
         "model": "t5-small, random weights",
@@ -222,6 +233,7 @@ def main(
         "transformers": transformers.__version__,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "clock": "processor time of one thread" if cpu_time else "wall",
         "rounds": rounds,
         "decode_ms_per_token": decode,
         "decode_ms_per_token_by_round": steps,
