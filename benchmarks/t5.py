@@ -3,7 +3,7 @@
 t5-small's sizes with random weights, a source of 128 tokens. Decode steps are timed in turns, in which each contestant
 makes a step that is not timed and then one that is: what it finds is neither the cache lines nor the spinning threads
 of the one before. Sessions are made anew in each round, in another order. Given are medians over the steps of a round,
-then over rounds; a ratio is the median of the rounds' ratios. Memory is the peak of a process of its own.
+then over rounds; ratios are those of neighbouring steps. Memory is the peak of a process of its own.
 
     python benchmarks/t5.py [--contexts 512,2048,8192] [--rounds 5] [-o benchmarks/t5.json] [--readme README.md]
 """
@@ -23,8 +23,8 @@ from typing import Any
 
 import click
 import numpy as np
-from t5_contestants import EAGER, OURS, ROTATED, STOCK_GRAPH
-from t5_prompts import Clock
+from steps import median_ms
+from t5_prompts import EAGER, OURS, ROTATED, STOCK_GRAPH, Clock
 
 LABELS = {
     OURS: "pe-onnx, T5 bias",
@@ -61,8 +61,8 @@ def in_turns(
 
 def measure_decode(
     folder: Path, contexts: Sequence[int], rounds: int, repeats: int, slow_repeats: int, threads: int, clock: Clock
-) -> dict[int, list[dict[str, float]]]:
-    """By context and round: median ms of a decode step of each contestant."""
+) -> dict[int, list[Times]]:
+    """By context and round: seconds of each contestant's decode steps."""
     from t5_contestants import Contestant, Eager, Ours, Stock
     from transformers import T5ForConditionalGeneration
 
@@ -76,7 +76,7 @@ def measure_decode(
     rng = np.random.default_rng(0)
     source = rng.integers(2, model.config.vocab_size, SOURCE_TOKENS).tolist()
     first = Eager(model).past_of(source, [0])
-    result: dict[int, list[dict[str, float]]] = {context: [] for context in contexts}
+    result: dict[int, list[Times]] = {context: [] for context in contexts}
     names = list(makers)
     for number in range(rounds):
         order = names[number % len(names) :] + names[: number % len(names)]
@@ -87,20 +87,24 @@ def measure_decode(
             for contestant in made.values():
                 contestant.begin(past)
             steps = {name: partial(contestant.step, 7) for name, contestant in made.items()}
-            times = in_turns(steps, repeats, {EAGER: slow_repeats, STOCK_GRAPH: slow_repeats}, clock)
-            result[context].append({name: 1000 * statistics.median(x) for name, x in times.items()})
+            scarce = {EAGER: slow_repeats, STOCK_GRAPH: slow_repeats}
+            result[context].append(in_turns(steps, repeats, scarce, clock))
     return result
 
 
-def ratio(rounds: list[dict[str, float]], above: str, below: str) -> float:
-    return statistics.median(figures[above] / figures[below] for figures in rounds)
+def ratio(rounds: list[Times], above: str, below: str) -> float:
+    """Of neighbouring steps, so that a slow moment of the machine falls on both."""
+    return statistics.median(
+        statistics.median(a / b for a, b in zip(times[above], times[below], strict=False)) for times in rounds
+    )
 
 
-def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
+def medians(rounds: list[Times]) -> dict[str, float]:
+    """ms."""
+    return {name: statistics.median(median_ms(times[name]) for times in rounds) for name in rounds[0]}
 
 
-def table(decode: dict[int, list[dict[str, float]]], other: dict[str, Any]) -> str:
+def table(decode: dict[int, list[Times]], other: dict[str, Any]) -> str:
     """Markdown: decode steps with their ratios, then the prompt and the encoder."""
     contexts = list(decode)
     head = " | ".join(f"{context:,}" for context in contexts)
@@ -236,7 +240,7 @@ def main(
         "clock": "processor time of one thread" if cpu_time else "wall",
         "rounds": rounds,
         "decode_ms_per_token": decode,
-        "decode_ms_per_token_by_round": steps,
+        "decode_ms_per_token_by_round": {c: [medians([times]) for times in steps[c]] for c in sizes},
         "decode_ratio": {
             f"{above} / {below}": {c: ratio(steps[c], above, below) for c in sizes} for above, below in RATIOS
         },
