@@ -127,7 +127,7 @@ def table(decode: dict[int, list[Times]], other: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(decode: dict[int, dict[str, float]], path: Path) -> None:
+def draw(decode: dict[int, dict[str, float]], path: Path, clock: str) -> None:
     """ms/token against context, both logarithmic; an SVG of the same bytes for the same figures."""
     import matplotlib
 
@@ -163,7 +163,7 @@ def draw(decode: dict[int, dict[str, float]], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False)
-    axes.set_title(f"A decode step of t5-small, {os.cpu_count()} CPU cores", fontsize=11)
+    axes.set_title(f"A decode step of t5-small, {clock}", fontsize=11)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
     pyplot.close(figure)
 
@@ -227,6 +227,7 @@ def main(
             export_all(folder)
         other = t5_prompts.measure(folder, prompt, lengths, prefills, threads, clock)
         steps = measure_decode(folder, sizes, rounds, repeats, slow_repeats, threads, clock)
+    measured = "processor time of one thread" if cpu_time else f"wall time, {os.cpu_count()} cores"
     decode = {context: medians(figures) for context, figures in steps.items()}
     result = {
         "model": "t5-small, random weights",
@@ -237,7 +238,7 @@ def main(
         "transformers": transformers.__version__,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
-        "clock": "processor time of one thread" if cpu_time else "wall",
+        "clock": measured,
         "rounds": rounds,
         "decode_ms_per_token": decode,
         "decode_ms_per_token_by_round": {c: [medians([times]) for times in steps[c]] for c in sizes},
@@ -247,8 +248,8 @@ def main(
         **other,
     }
     output.write_text(json.dumps(result, indent=2) + "\n")
-    draw(decode, output.with_suffix(".svg"))
-    tables = table(steps, other)
+    draw(decode, output.with_suffix(".svg"), measured)
+    tables = f"{table(steps, other)}\n\nMeasured: {measured}."
     click.echo(tables)
     click.echo(t5_prompts.summary(other))
     if readme is not None:
