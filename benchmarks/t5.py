@@ -3,7 +3,7 @@
 t5-small's sizes with random weights, a source of 128 tokens. Decode steps are timed in turns, in which each contestant
 makes a step that is not timed and then one that is: what it finds is neither the cache lines nor the spinning threads
 of the one before. Sessions are made anew in each round, in another order. Given are medians over the steps of a round,
-then over rounds; a ratio is the median of the rounds' ratios. Memory is the peak of a process of its own.
+then over rounds; ratios are those of neighbouring steps. Memory is the peak of a process of its own.
 
     python benchmarks/t5.py [--contexts 512,2048,8192] [--rounds 5] [-o benchmarks/t5.json] [--readme README.md]
 """
@@ -23,7 +23,8 @@ from typing import Any
 
 import click
 import numpy as np
-from t5_contestants import EAGER, OURS, ROTATED, STOCK_GRAPH
+from steps import median_ms
+from t5_prompts import EAGER, OURS, ROTATED, STOCK_GRAPH, Clock
 
 LABELS = {
     OURS: "pe-onnx, T5 bias",
@@ -39,7 +40,9 @@ TURN_WARM_UP = 3
 Times = dict[str, list[float]]
 
 
-def in_turns(steps: Mapping[str, Callable[[], Any]], repeats: int, scarce: dict[str, int]) -> Times:
+def in_turns(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, scarce: dict[str, int], clock: Clock = time.perf_counter
+) -> Times:
     """Seconds of each contestant's calls. scarce: those who are called fewer times than ``repeats``."""
     times: Times = {name: [] for name in steps}
     for repeat in range(-TURN_WARM_UP, repeats):
@@ -49,17 +52,17 @@ def in_turns(steps: Mapping[str, Callable[[], Any]], repeats: int, scarce: dict[
             if repeat >= scarce.get(name, repeats) or -repeat > scarce.get(name, repeats):
                 continue
             steps[name]()
-            begin = time.perf_counter()
+            begin = clock()
             steps[name]()
             if repeat >= 0:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     return times
 
 
 def measure_decode(
-    folder: Path, contexts: Sequence[int], rounds: int, repeats: int, slow_repeats: int, threads: int
-) -> dict[int, list[dict[str, float]]]:
-    """By context and round: median ms of a decode step of each contestant."""
+    folder: Path, contexts: Sequence[int], rounds: int, repeats: int, slow_repeats: int, threads: int, clock: Clock
+) -> dict[int, list[Times]]:
+    """By context and round: seconds of each contestant's decode steps."""
     from t5_contestants import Contestant, Eager, Ours, Stock
     from transformers import T5ForConditionalGeneration
 
@@ -73,7 +76,7 @@ def measure_decode(
     rng = np.random.default_rng(0)
     source = rng.integers(2, model.config.vocab_size, SOURCE_TOKENS).tolist()
     first = Eager(model).past_of(source, [0])
-    result: dict[int, list[dict[str, float]]] = {context: [] for context in contexts}
+    result: dict[int, list[Times]] = {context: [] for context in contexts}
     names = list(makers)
     for number in range(rounds):
         order = names[number % len(names) :] + names[: number % len(names)]
@@ -84,20 +87,24 @@ def measure_decode(
             for contestant in made.values():
                 contestant.begin(past)
             steps = {name: partial(contestant.step, 7) for name, contestant in made.items()}
-            times = in_turns(steps, repeats, {EAGER: slow_repeats, STOCK_GRAPH: slow_repeats})
-            result[context].append({name: 1000 * statistics.median(x) for name, x in times.items()})
+            scarce = {EAGER: slow_repeats, STOCK_GRAPH: slow_repeats}
+            result[context].append(in_turns(steps, repeats, scarce, clock))
     return result
 
 
-def ratio(rounds: list[dict[str, float]], above: str, below: str) -> float:
-    return statistics.median(figures[above] / figures[below] for figures in rounds)
+def ratio(rounds: list[Times], above: str, below: str) -> float:
+    """Of neighbouring steps, so that a slow moment of the machine falls on both."""
+    return statistics.median(
+        statistics.median(a / b for a, b in zip(times[above], times[below], strict=False)) for times in rounds
+    )
 
 
-def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
+def medians(rounds: list[Times]) -> dict[str, float]:
+    """ms."""
+    return {name: statistics.median(median_ms(times[name]) for times in rounds) for name in rounds[0]}
 
 
-def table(decode: dict[int, list[dict[str, float]]], other: dict[str, Any]) -> str:
+def table(decode: dict[int, list[Times]], other: dict[str, Any]) -> str:
     """Markdown: decode steps with their ratios, then the prompt and the encoder."""
     contexts = list(decode)
     head = " | ".join(f"{context:,}" for context in contexts)
@@ -120,13 +127,13 @@ def table(decode: dict[int, list[dict[str, float]]], other: dict[str, Any]) -> s
     return "\n".join(lines)
 
 
-def draw(decode: dict[int, dict[str, float]], path: Path) -> None:
+def draw(decode: dict[int, dict[str, float]], path: Path, clock: str) -> None:
     """ms/token against context, both logarithmic; an SVG of the same bytes for the same figures."""
     import matplotlib
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "pe-onnx"
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     styles = {
@@ -151,11 +158,12 @@ def draw(decode: dict[int, dict[str, float]], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="decoder tokens in the cache", ylabel="ms per token")
     axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.35)
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False)
-    axes.set_title("A decode step of t5-small, two CPU cores", fontsize=11)
+    axes.set_title(f"A decode step of t5-small, {clock}", fontsize=11)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
     pyplot.close(figure)
 
@@ -183,6 +191,9 @@ def export_all(folder: Path) -> None:
 @click.option("--slow-repeats", default=10, show_default=True, help="The same of the two others.")
 @click.option("--prefills", default=3, show_default=True, help="Prompts, and sources, of each contestant.")
 @click.option("--threads", default=0, show_default=True)
+@click.option(
+    "--cpu-time", is_flag=True, help="On a busy machine: processor time of one thread, what waits not counted."
+)
 @click.option("--bundles", type=click.Path(path_type=Path), help="Keep checkpoint and exports here; use those found.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the tables into this file too.")
@@ -195,6 +206,7 @@ def main(
     slow_repeats: int,
     prefills: int,
     threads: int,
+    cpu_time: bool,
     bundles: Path | None,
     output: Path,
     readme: Path | None,
@@ -206,12 +218,16 @@ def main(
     import transformers
 
     sizes, lengths = ([int(x) for x in given.split(",")] for given in (contexts, sources))
+    threads, clock = (1, time.thread_time) if cpu_time else (threads, time.perf_counter)
+    if threads:
+        torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = bundles or Path(temporary)
         if not (folder / STOCK_GRAPH).exists():
             export_all(folder)
-        other = t5_prompts.measure(folder, prompt, lengths, prefills, threads)
-        steps = measure_decode(folder, sizes, rounds, repeats, slow_repeats, threads)
+        other = t5_prompts.measure(folder, prompt, lengths, prefills, threads, clock)
+        steps = measure_decode(folder, sizes, rounds, repeats, slow_repeats, threads, clock)
+    measured = "processor time of one thread" if cpu_time else f"wall time, {os.cpu_count()} cores"
     decode = {context: medians(figures) for context, figures in steps.items()}
     result = {
         "model": "t5-small, random weights",
@@ -222,17 +238,18 @@ def main(
         "transformers": transformers.__version__,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "clock": measured,
         "rounds": rounds,
         "decode_ms_per_token": decode,
-        "decode_ms_per_token_by_round": steps,
+        "decode_ms_per_token_by_round": {c: [medians([times]) for times in steps[c]] for c in sizes},
         "decode_ratio": {
             f"{above} / {below}": {c: ratio(steps[c], above, below) for c in sizes} for above, below in RATIOS
         },
         **other,
     }
     output.write_text(json.dumps(result, indent=2) + "\n")
-    draw(decode, output.with_suffix(".svg"))
-    tables = table(steps, other)
+    draw(decode, output.with_suffix(".svg"), measured)
+    tables = f"{table(steps, other)}\n\nMeasured: {measured}."
     click.echo(tables)
     click.echo(t5_prompts.summary(other))
     if readme is not None:

@@ -45,7 +45,6 @@ SMALL: dict[str, Any] = {
 THETA = 10000.0
 STOCK = "decoder_with_past_model.onnx"
 OPSET = 20
-OURS, ROTATED, EAGER, STOCK_GRAPH = "T5 bias", "RoPE", "transformers", "stock export"
 
 
 @dataclass

@@ -1,23 +1,25 @@
 """Prompts of a T5 decoder and its encoder for ``t5.py``: time in turns, memory as the peak of a process of its own.
 
-transformers runs a prompt whole, ours in chunks, as either does by itself. The encoder of ours runs with the cross
-cache's memory around it, which is a part of its peak.
+transformers runs a prompt whole, ours in chunks, as either does by itself. Our encoder's peak has the decoder's
+weights and the cross cache in it, and none of PyTorch: this file imports it where transformers runs.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from memory import status_bytes
-from t5_contestants import EAGER, OURS, ROTATED
 
+Clock = Callable[[], float]
+
+OURS, ROTATED, EAGER, STOCK_GRAPH = "T5 bias", "RoPE", "transformers", "stock export"
 SOURCE_TOKENS = 128
 ROOM = 64
 
@@ -26,7 +28,7 @@ def _tokens(count: int) -> list[int]:
     return np.random.default_rng(0).integers(2, 32128, count).tolist()
 
 
-def our_prompt(folder: Path, tokens: int, threads: int) -> Callable[[], float]:
+def our_prompt(folder: Path, tokens: int, threads: int, clock: Clock) -> Callable[[], float]:
     """A call that fills a new cache, and gives the seconds of that; the source is encoded before."""
     import pe_onnx
 
@@ -35,33 +37,35 @@ def our_prompt(folder: Path, tokens: int, threads: int) -> Callable[[], float]:
     def run() -> float:
         cache = model.cache(max_length=tokens + ROOM, sources=[_tokens(SOURCE_TOKENS)])
         cache.reserve(tokens)
-        begin = time.perf_counter()
+        begin = clock()
         cache.prefill([_tokens(tokens)])
-        return time.perf_counter() - begin
+        return clock() - begin
 
     return run
 
 
-def their_prompt(folder: Path, tokens: int) -> Callable[[], float]:
+def their_prompt(folder: Path, tokens: int, threads: int, clock: Clock) -> Callable[[], float]:
     import torch
     from transformers import T5ForConditionalGeneration
 
+    if threads:
+        torch.set_num_threads(threads)
     model = T5ForConditionalGeneration.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def run() -> float:
         hidden = model.get_encoder()(input_ids=torch.tensor([_tokens(SOURCE_TOKENS)])).last_hidden_state
-        begin = time.perf_counter()
+        begin = clock()
         decoded = model.get_decoder()(
             input_ids=torch.tensor([_tokens(tokens)]), encoder_hidden_states=hidden, use_cache=True
         )
         model.lm_head(decoded.last_hidden_state[:, -1])
-        return time.perf_counter() - begin
+        return clock() - begin
 
     return run
 
 
-def our_encoder(folder: Path, tokens: int, threads: int) -> Callable[[], float]:
+def our_encoder(folder: Path, tokens: int, threads: int, clock: Clock) -> Callable[[], float]:
     """The encoder's session alone, its output bound as the cache of a source binds it."""
     import pe_onnx
     from pe_onnx.sources import Sources
@@ -71,25 +75,27 @@ def our_encoder(folder: Path, tokens: int, threads: int) -> Callable[[], float]:
     encoder = model.encoder
 
     def run() -> float:
-        begin = time.perf_counter()
+        begin = clock()
         Sources(encoder, model.session, [_tokens(tokens)])
-        return time.perf_counter() - begin
+        return clock() - begin
 
     return run
 
 
-def their_encoder(folder: Path, tokens: int) -> Callable[[], float]:
+def their_encoder(folder: Path, tokens: int, threads: int, clock: Clock) -> Callable[[], float]:
     import torch
     from transformers import T5ForConditionalGeneration
 
+    if threads:
+        torch.set_num_threads(threads)
     encoder = T5ForConditionalGeneration.from_pretrained(folder).eval().get_encoder()
 
     @torch.no_grad()
     def run() -> float:
         ids = torch.tensor([_tokens(tokens)])
-        begin = time.perf_counter()
+        begin = clock()
         encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
-        return time.perf_counter() - begin
+        return clock() - begin
 
     return run
 
@@ -102,8 +108,8 @@ def _peak(make: Callable[..., Callable[[], float]], *args: Any) -> tuple[float, 
 
 def alone(make: Callable[..., Callable[[], float]], *args: Any) -> tuple[float, int]:
     """The same in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (make, *args))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, make, *args).result()
 
 
 def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
@@ -117,21 +123,26 @@ def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(folder: Path, prompt: int, sources: Sequence[int], repeats: int, threads: int) -> dict[str, Any]:
+def measure(
+    folder: Path, prompt: int, sources: Sequence[int], repeats: int, threads: int, clock: Clock
+) -> dict[str, Any]:
     """What stands in ``t5.json`` of prompts and encoder. transformers runs the longest input once, alone."""
     checkpoint = folder / "checkpoint"
     click.echo(f"prompt of {prompt} tokens", err=True)
-    peaks = {name: alone(our_prompt, folder / name, prompt, threads)[1] for name in (OURS, ROTATED)}
-    seconds = interleaved({name: our_prompt(folder / name, prompt, threads) for name in peaks}, repeats)
-    seconds[EAGER], peaks[EAGER] = alone(their_prompt, checkpoint, prompt)
+    peaks = {name: alone(our_prompt, folder / name, prompt, threads, clock)[1] for name in (OURS, ROTATED)}
+    seconds = interleaved({name: our_prompt(folder / name, prompt, threads, clock) for name in peaks}, repeats)
+    seconds[EAGER], peaks[EAGER] = alone(their_prompt, checkpoint, prompt, threads, clock)
     encoder: dict[int, dict[str, dict[str, float]]] = {}
     for tokens in sources:
         click.echo(f"encoder on {tokens} tokens", err=True)
-        ours, theirs = alone(our_encoder, folder / OURS, tokens, threads), alone(their_encoder, checkpoint, tokens)
+        ours, theirs = (
+            alone(our_encoder, folder / OURS, tokens, threads, clock),
+            alone(their_encoder, checkpoint, tokens, threads, clock),
+        )
         times = {EAGER: theirs[0]}
-        runs = {OURS: our_encoder(folder / OURS, tokens, threads)}
+        runs = {OURS: our_encoder(folder / OURS, tokens, threads, clock)}
         if tokens < max(sources):
-            runs[EAGER] = their_encoder(checkpoint, tokens)
+            runs[EAGER] = their_encoder(checkpoint, tokens, threads, clock)
         times.update(interleaved(runs, repeats))
         encoder[tokens] = {
             "ms": {name: 1000 * times[name] for name in (OURS, EAGER)},
