@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_onnx.exporter import silenced, to_onnx
 from pe_onnx.models.bridge import BridgedDecoder, bridge
 from pe_onnx.models.exportable import Exportable
+from pe_onnx.models.parts import parts
 
 LENGTHS = (43, 36, 7)
 """Tokens of the ragged rows; the prompt is all but six of them."""
@@ -57,7 +58,8 @@ def export(model: PreTrainedModel, target: Any) -> Exported:
     """All logits on both targets. Raises CheckpointError for what the bridge refuses."""
     with silenced():
         module, observed, _ = bridge(model, target, last_only=False)
-        onnx_model = to_onnx(exportable(model, module), target, "fp32", "all")
+        (part,) = parts(exportable(model, module), torch.float32, "all")
+        onnx_model = to_onnx(part, None, target, "fp32")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(ir.to_proto(onnx_model).SerializeToString(), options)
