@@ -22,6 +22,18 @@ Cli = Callable[..., Result]
 Bundles = Callable[..., Path]
 
 
+LONG = (
+    *("test_sweep", "test_rope_scaling", "test_real_checkpoints", "test_t5_task", "test_optimum", "test_t5"),
+    *("test_config_mutations", "test_families", "test_export_proof", "test_broken_twins", "test_encoding_config"),
+    *("test_t5_tokenizers", "test_generate", "test_bundle_killed", "test_cli_mistakes", "test_discovery"),
+)
+"""Files that take longest. They begin first, lest one of the workers be left alone with one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """``cli("export", ...)`` runs ``pe-onnx export ...`` in a process of its own."""

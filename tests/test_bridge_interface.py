@@ -108,7 +108,7 @@ def test_understood(name: str, target: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown tensor": ({"position_bias": torch.zeros(1)}, "hands position_bias to its attention"),
+    "an unknown tensor": ({"relative_keys": torch.zeros(1)}, "hands relative_keys to its attention"),
     "an unknown number": ({"temperature": 0.5}, "hands temperature to its attention"),
     "an unknown switch": ({"output_gate": True}, "hands output_gate to its attention"),
     "two": ({"one": 1.5, "two": 2.5}, "hands one, two to its attention"),

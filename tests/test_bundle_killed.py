@@ -149,6 +149,7 @@ print(killed)
 """
 
 
+@pytest.mark.slow
 def test_exports_killed_at_random_moments(bundles: Bundles, tmp_path: Path, cli: Cli) -> None:
     """``pe-onnx export --force`` over a bundle, killed early and while it writes: always the old one or the new."""
     folder = tmp_path / "place" / "b"

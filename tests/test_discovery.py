@@ -113,7 +113,7 @@ class Mine(PositionalEncoding):
 '''
 
 
-@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("target", ["ort", pytest.param("portable", marks=pytest.mark.slow)])
 def test_ten_lines_are_an_encoding(cli: Cli, tmp_path: Path, target: str) -> None:
     """Listed, exported, proved against PyTorch and run from the command line, with no other edit."""
     assert len([line for line in MINE.splitlines() if line]) <= 10

@@ -36,7 +36,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sinusoidal", {"theta": -1}, r"sinusoidal: .*theta = -1.0 positive"),
     ("sinusoidal", {"theta": float("nan")}, r"theta = nan"),
     ("t5_bias", {"num_buckets": 1}, r"num_buckets = 1 must be at least 2"),
-    ("t5_bias", {"num_buckets": 32, "max_distance": 16}, r"max_distance = 16 greater than half"),
+    ("t5_bias", {"num_buckets": 32, "max_distance": 16}, r"max_distance = 16 greater than 32 // 2"),
     ("t5_bias", {"num_buckets": "many"}, r"num_buckets = 'many' must be an integer"),
 ]
 

@@ -34,7 +34,7 @@ TOKENS = 300
 ENDS = [1, *range(5, 17)]
 """So many end tokens that sources end at different steps."""
 
-FAST = [("t5", "ort"), ("umt5", "ort"), ("flan_untied", "portable"), ("few_buckets", "portable")]
+FAST = [("umt5", "ort"), ("few_buckets", "portable")]
 SLOW = [(name, target) for name in t5_models.VARIANTS for target in ("ort", "portable") if (name, target) not in FAST]
 REALISTIC = [(name, target) for name in t5_models.REALISTIC for target in ("ort", "portable")]
 

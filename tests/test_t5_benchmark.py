@@ -21,7 +21,7 @@ NEXT = 17
 TOLERANCE = 5e-5
 """Of the logits' spread."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
