@@ -127,8 +127,10 @@ def export(
             logits = found
         if dtype == "fp16":
             _halve(exportable.module)
-        graphs = parts(exportable, getattr(torch, contract.DTYPES[dtype]), logits)
-        models = {part.file: to_onnx(part, exportable.max_length, target, dtype, progress) for part in graphs}
+        torch_dtype, limit = getattr(torch, contract.DTYPES[dtype]), exportable.max_length
+        models = {  # nothing else may hold the module, whose weights are let go before the proof
+            part.file: to_onnx(part, limit, target, dtype, progress) for part in parts(exportable, torch_dtype, logits)
+        }
         return write(models, exportable, Path(output), target, dtype, logits, force, verify, progress)
 
 
