@@ -1,8 +1,8 @@
 """T5: a decode step, a prompt and the encoder, against the same with RoPE, transformers and the stock export.
 
 t5-small's sizes with random weights, a source of 128 tokens. Decode steps are timed in turns, in which each contestant
-makes a step that is not timed and then one that is: what it finds is neither the cache lines nor the spinning threads
-of the one before. Sessions are made anew in each round, in another order. Given are medians over the steps of a round,
+makes some steps that are not timed and then one that is: what it finds is neither the cache lines nor the spinning
+threads of the one before. Sessions are made anew in each round, in another order. Given are medians over the steps of a round,
 then over rounds; ratios are those of neighbouring steps. Memory is the peak of a process of its own.
 
     python benchmarks/t5.py [--contexts 512,2048,8192] [--rounds 5] [-o benchmarks/t5.json] [--readme README.md]
@@ -36,6 +36,8 @@ RATIOS = ((OURS, ROTATED), (EAGER, OURS), (STOCK_GRAPH, OURS))
 ENCODER = "encoder"
 SOURCE_TOKENS = 128
 TURN_WARM_UP = 3
+SETTLING_STEPS = 6
+"""Not timed: the threads of the contestant before spin for some tens of ms, and would take a core from this one."""
 
 Times = dict[str, list[float]]
 
@@ -51,7 +53,8 @@ def in_turns(
         for name in order:
             if repeat >= scarce.get(name, repeats) or -repeat > scarce.get(name, repeats):
                 continue
-            steps[name]()
+            for _ in range(SETTLING_STEPS):
+                steps[name]()
             begin = clock()
             steps[name]()
             if repeat >= 0:

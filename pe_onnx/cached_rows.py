@@ -24,7 +24,7 @@ CHUNK_TOKENS = 256
 LEAST_CHUNK_TOKENS = 64
 """Fewer leave the cores idle."""
 
-SCORE_BYTES = 16 << 20
+SCORE_BYTES = 32 << 20
 """Of one tensor [H, T, S], the scores or their bias, where a run holds such: the longer S, the fewer tokens T."""
 
 Path = list[dict[int, Array]]
