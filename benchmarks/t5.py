@@ -2,8 +2,8 @@
 
 t5-small's sizes with random weights, a source of 128 tokens. Decode steps are timed in turns, in which each contestant
 makes some steps that are not timed and then one that is: what it finds is neither the cache lines nor the spinning
-threads of the one before. Sessions are made anew in each round, in another order. Given are medians over the steps of a round,
-then over rounds; ratios are those of neighbouring steps. Memory is the peak of a process of its own.
+threads of the one before. Sessions are made anew in each round, in another order. Given are medians over the steps of
+a round, then over rounds; ratios are those of neighbouring steps. Memory is the peak of a process of its own.
 
     python benchmarks/t5.py [--contexts 512,2048,8192] [--rounds 5] [-o benchmarks/t5.json] [--readme README.md]
 """
