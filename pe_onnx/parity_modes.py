@@ -138,5 +138,3 @@ MODES: dict[str, Callable[[Opener, list[Array]], Iterator[Pair]]] = {
     "right_padding": _right_padding,
     "interior_padding": _interior_padding,
 }
-GREEDY = "greedy"
-"""The mode that makes its own tokens."""
