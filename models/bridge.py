@@ -127,29 +127,36 @@ def from_checkpoint(
     loaded = checkpoint.load(path, scaling, follow)
     model = loaded.model
     module, observed, proof = bridge(model, target, last_only)
-    text = model.config.get_text_config(decoder=True)
     return Exportable(
         module=module,
         caches=module.caches,
-        vocab_size=text.vocab_size,
-        encoding=loaded.encoding.name,
-        parameters=loaded.encoding.parameters,
-        ignored=loaded.encoding.ignored,
-        source={
+        max_length=observed.max_length,
+        path_dependent=bool(switches.thresholds(model)),
+        proof=proof,
+        **described(loaded, path, scaling),
+    )
+
+
+def described(loaded: checkpoint.Loaded, path: Path, scaling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the files of a checkpoint say, as an Exportable has it."""
+    text = text_config(loaded.model.config)
+    return {
+        "vocab_size": text.vocab_size,
+        "encoding": loaded.encoding.name,
+        "parameters": loaded.encoding.parameters,
+        "ignored": loaded.encoding.ignored,
+        "source": {
             "kind": "checkpoint",
             "path": str(path.resolve()),
             "model_type": text.model_type,
             "rope_scaling": dict(scaling) if scaling else None,
         },
-        trained_length=loaded.trained_length,
-        max_length=observed.max_length,
-        path_dependent=bool(switches.thresholds(model)),
-        config=loaded.config_json,
-        generation_config=loaded.generation_config_json,
-        tokenizer=loaded.tokenizer,
-        write_assets=loaded.write_assets,
-        proof=proof,
-    )
+        "trained_length": loaded.trained_length,
+        "config": loaded.config_json,
+        "generation_config": loaded.generation_config_json,
+        "tokenizer": loaded.tokenizer,
+        "write_assets": loaded.write_assets,
+    }
 
 
 def family(model: PreTrainedModel) -> ModuleType | None:

@@ -19,7 +19,7 @@ from pe_onnx.errors import CheckpointError
 from pe_onnx.models import checkpoint
 from pe_onnx.models.across import CrossStep, EncoderStep
 from pe_onnx.models.attention import LayerCache, cached_step
-from pe_onnx.models.bridge import PROOF_TOLERANCE, family, named_failures, replaced
+from pe_onnx.models.bridge import PROOF_TOLERANCE, described, family, named_failures, replaced
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.models.interface import BridgeCache, register
 from pe_onnx.models.norms import prove_norms
@@ -111,31 +111,17 @@ def from_checkpoint(path: Path, target: Target, last_only: bool, follow: bool = 
     transformers computes.
     """
     loaded = checkpoint.load(path, None, follow)
-    model, config = loaded.model, loaded.model.config
+    model = loaded.model
     module, crossing, proof = bridge(model, target, last_only)
     names = ("decoder_start_token_id", "bos_token_id")  # in transformers' order
     start = next((x for name in names if (x := getattr(model.generation_config, name, None)) is not None), None)
     return Exportable(
         module=module,
         caches=module.decoder.caches,
-        vocab_size=config.vocab_size,
-        encoding=loaded.encoding.name,
-        parameters=loaded.encoding.parameters,
-        ignored=loaded.encoding.ignored,
-        source={
-            "kind": "checkpoint",
-            "path": str(path.resolve()),
-            "model_type": config.model_type,
-            "rope_scaling": None,
-        },
-        trained_length=loaded.trained_length,
-        config=loaded.config_json,
-        generation_config=loaded.generation_config_json,
-        tokenizer=loaded.tokenizer,
-        write_assets=loaded.write_assets,
         proof=proof,
         crossing=crossing,
         start_token=start if isinstance(start, int) else None,
+        **described(loaded, path),
     )
 
 
