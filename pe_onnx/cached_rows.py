@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,17 @@ SCORE_BYTES = 32 << 20
 
 Path = list[dict[int, Array]]
 """Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
+
+
+class Feed(NamedTuple):
+    """What one run of the graph was given, but for keys and values."""
+
+    row: int
+    """The first of the rows that took part."""
+    inputs: dict[str, Array]
+    """Tokens, mask and positions by name, int64; ``input_ids`` is ``[b, T]``."""
+    valid: Array
+    """bool ``[b, T]``: the new tokens that are no padding."""
 
 
 class KVCache(ABC):
@@ -79,6 +90,8 @@ class KVCache(ABC):
         """What each row holds."""
         self.path: Path | None = None
         """Where a list is put here, each run of the graph is noted in it."""
+        self.feeds: list[Feed] | None = None
+        """Likewise, with all that the graph was given."""
 
     def prefill(self, rows: Sequence[Tokens], all_logits: bool = False) -> list[Array]:
         """Append each row's tokens, in chunks; at least one token a row.
@@ -147,6 +160,15 @@ class KVCache(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
+
+    def _note(self, row: int, ids: Array, mask: Array, positions: Array, valid: Array) -> None:
+        """Note a run of rows from ``row`` on. ids, positions int64 and valid bool ``[b, T]``, mask ``[b, total]``."""
+        if self.path is not None:
+            self.path.append({row + int(i): ids[i, valid[i]] for i in np.flatnonzero(valid.any(1))})
+        if self.feeds is not None:
+            named = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            inputs = {name: values.copy() for name, values in named.items() if name in self.session.inputs}
+            self.feeds.append(Feed(row, inputs, valid.copy()))
 
     def _bind(self) -> None:  # noqa: B027
         """Bind anew what every step is bound to."""

@@ -121,7 +121,7 @@ def export(
             assert source is not None
             if dtype == "fp16":
                 source = copy.deepcopy(source)  # the caller's own keeps its precision
-            exportable, found = _from_module(source, layers, kv_heads, head_size)
+            exportable, found = from_module(source, layers, kv_heads, head_size)
             if given_logits not in (None, found):
                 raise ConfigError(f"logits = {given_logits!r}, and the module gives the logits of {found}")
             logits = found
@@ -169,7 +169,7 @@ def _halve(module: nn.Module) -> None:
             parameter.data = parameter.data.half()
 
 
-def _from_module(
+def from_module(
     module: nn.Module, layers: int | None, kv_heads: int | None, head_size: int | None
 ) -> tuple[Exportable, str]:
     """A module of the user's own; the vocabulary, and whether it gives all logits, are read off a run."""

@@ -138,12 +138,11 @@ class InPlaceCache(KVCache):
         """Tokens ``[b, T]`` for rows from ``row`` on, which hold ``lengths`` tokens after it."""
         b, T = ids.shape
         total = int(lengths.max())
-        if self.path is not None:
-            counts = lengths - self.lengths[row : row + b]
-            self.path.append({row + i: ids[i, :n].copy() for i, n in enumerate(counts)})
         start = np.maximum(lengths - T, 0)
         mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
         positions = np.minimum(start[:, None] + np.arange(T), lengths[:, None] - 1)
+        new = lengths - self.lengths[row : row + b]
+        self._note(row, ids, mask, positions, np.arange(T) < new[:, None])
         binding = self.session.binding()
         held = []
         named = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -161,8 +160,6 @@ class InPlaceCache(KVCache):
         return logits.download()
 
     def _decode(self, ids: Array, moving: Array) -> Array:
-        if self.path is not None:
-            self.path.append({int(b): ids[b : b + 1].copy() for b in np.flatnonzero(moving)})
         # a row that does not move overwrites the slot behind its last token; where none is left, its last token again
         hard = self.session.bundle.max_length
         full = ~moving & (hard is not None and self.lengths >= hard)
@@ -174,6 +171,7 @@ class InPlaceCache(KVCache):
         self._positions.host[:, 0] = np.where(moving, self.lengths, np.maximum(self.lengths - 1, 0))
         mask = self._mask.host[: self.batch_size * total].reshape(self.batch_size, total)
         np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
+        self._note(0, self._ids.host, mask, self._positions.host, moving[:, None])
         for array in (self._ids, self._positions, self._mask):
             array.upload()
         self._mask.bind(self._step, "attention_mask", shape=(self.batch_size, total))
@@ -239,10 +237,9 @@ class GrowingCache(KVCache):
         return logits
 
     def _append(self, ids: Array, valid: Array) -> Array:
-        if self.path is not None:
-            self.path.append({b: ids[b, valid[b] != 0] for b in range(len(ids)) if valid[b].any()})
         self.mask = np.concatenate((self.mask, valid), 1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+        self._note(0, ids, self.mask, positions, valid != 0)
         binding = self.session.binding()
         for name, values in (("input_ids", ids), ("attention_mask", self.mask), ("position_ids", positions)):
             if name in self.session.inputs:

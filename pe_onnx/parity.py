@@ -8,6 +8,7 @@ given sources: its encoder's output is compared too, and beam search with transf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,18 +43,23 @@ GREEDY = "greedy"
 """The mode that makes its own tokens."""
 
 
-class _Caches:
+class Caches:
     """Opens caches of a bundle; of an encoder-decoder over the sources of the rows."""
 
     def __init__(self, session: Session, sources: seq2seq_parity.Requests | None = None) -> None:
         self.session = session
         self.bundle = session.bundle
         self.sources = sources
+        self.noted: list[tuple[KVCache, list[int]]] | None = None
+        """Where a list is put here, caches note what the graph is given, and are kept with their rows."""
 
     def __call__(self, rows: Sequence[int], max_length: int, chunk_tokens: int | None = None) -> KVCache:
         sources = None if self.sources is None else self.sources.of(rows)
         cache = make_cache(self.session, len(rows), max_length, chunk_tokens, sources)
         cache.path = []
+        if self.noted is not None:
+            cache.feeds = []
+            self.noted.append((cache, list(rows)))
         return cache
 
 
@@ -81,6 +87,57 @@ def check_parity(
 
     Raises CheckpointError where the reference cannot be had.
     """
+    compared = prepare(
+        folder,
+        reference,
+        rows=rows,
+        tokens=tokens,
+        modes=modes,
+        provider=provider,
+        tolerance=tolerance,
+        seed=seed,
+        threads=threads,
+    )
+    allowed, expected = compared.allowed, compared.expected
+    report = ParityReport(str(folder), compared.name, compared.bundle.manifest["dtype"], allowed, expected.spread)
+    for mode in compared.modes:
+        if mode == GREEDY or mode in MODES:
+            report.modes.append(_compare(compared, mode))
+        elif compared.requests is not None:
+            report.modes.append(compared.requests.compare(mode, allowed))
+    return report
+
+
+@dataclass
+class Comparison:
+    """Both sides of a parity check, ready to run."""
+
+    bundle: Bundle
+    name: str
+    """Of the reference."""
+    open_cache: Caches
+    rows: list[Array]
+    """Token ids of each row; of an encoder-decoder those of the decoder."""
+    expected: Expected
+    allowed: Tolerance
+    requests: seq2seq_parity.Requests | None
+    """The sources of an encoder-decoder."""
+    modes: list[str]
+
+
+def prepare(
+    folder: str | Path,
+    reference: Any = None,
+    *,
+    rows: Sequence[Sequence[int]] | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    modes: Sequence[str] | None = None,
+    provider: str = "cpu",
+    tolerance: float | None = None,
+    seed: int = 0,
+    threads: int = 0,
+) -> Comparison:
+    """What ``check_parity`` compares, with the same arguments and errors."""
     bundle = read_bundle(folder)
     if tokens < 2:
         raise ConfigError(f"length = {tokens} must be at least 2 tokens")
@@ -103,11 +160,7 @@ def check_parity(
             raise InputError(f"token ids {row.min()}..{row.max()} must be in 0..{bundle.shape['vocab_size'] - 1}")
     if not arrays:
         raise InputError("parity needs at least one row of tokens")
-    wanted = list(modes or _modes(bundle))
-    known = [*(seq2seq_parity.MODES if crossed else ()), *MODES, GREEDY]
-    for mode in wanted:
-        if mode not in known:
-            raise ConfigError(f"unknown mode {mode!r}{did_you_mean(mode, known)} (known: {', '.join(known)})")
+    wanted = _modes(bundle, modes)
     compute, name = resolve_reference(bundle, reference)
     session = Session(bundle, provider, threads)
     requests = None
@@ -119,20 +172,11 @@ def check_parity(
     if tolerance is not None:
         allowed = allowed._replace(error=tolerance)
     references = [compute if requests is None else requests.reference_of(b) for b in range(len(arrays))]
-    expected = _Expected(references, arrays, bundle.shape["vocab_size"])
-    open_cache = _Caches(session, requests)
-    report = ParityReport(str(folder), name, bundle.manifest["dtype"], allowed, expected.spread)
-    for mode in wanted:
-        if mode == GREEDY:
-            report.modes.append(_greedy(open_cache, arrays, expected, allowed))
-        elif mode in MODES:
-            report.modes.append(_compare(mode, MODES[mode](open_cache, arrays), expected, allowed))
-        elif requests is not None:
-            report.modes.append(requests.compare(mode, allowed))
-    return report
+    expected = Expected(references, arrays, bundle.shape["vocab_size"])
+    return Comparison(bundle, name, Caches(session, requests), arrays, expected, allowed, requests, wanted)
 
 
-class _Expected:
+class Expected:
     """The reference's logits: of every row, computed once, or along the paths of the bundle's caches."""
 
     def __init__(self, references: Sequence[Reference | PathReference], rows: list[Array], vocab_size: int) -> None:
@@ -166,19 +210,33 @@ class _Expected:
         yield from ((pair, followed[id(pair.cache)][pair.slot][pair.position]) for pair in held)
 
 
-def _compare(mode: str, pairs: Iterator[Pair], expected: _Expected, allowed: Tolerance) -> ModeResult:
-    account = Account(mode, expected.spread, allowed)
-    for pair, want in expected.join(pairs):
-        account.add(f"row {pair.row}, position {pair.position}", want, pair.logits)
+def compared_pairs(compared: Comparison, mode: str) -> Iterator[tuple[Pair, Array]]:
+    """The bundle's logits of a mode that runs tokens through a cache, each with what the reference gives."""
+    if mode == GREEDY:
+        return _greedy(compared.open_cache, compared.rows, compared.expected)
+    return compared.expected.join(MODES[mode](compared.open_cache, compared.rows))
+
+
+def _compare(compared: Comparison, mode: str) -> ModeResult:
+    account = Account(mode, compared.expected.spread, compared.allowed)
+    for pair, want in compared_pairs(compared, mode):
+        token = f"position {pair.position}"
+        if mode == GREEDY:
+            token = f"new token {pair.position + 1 - _prompt_tokens(compared.rows[pair.row])}"
+        account.add(f"row {pair.row}, {token}", want, pair.logits)
     return account.finish()
 
 
-def _greedy(open_cache: Opener, rows: list[Array], expected: _Expected, allowed: Tolerance) -> ModeResult:
+def _prompt_tokens(row: Array) -> int:
+    """Of the greedy mode: the first half of a row."""
+    return max(row.size // 2, 1)
+
+
+def _greedy(open_cache: Opener, rows: list[Array], expected: Expected) -> Iterator[tuple[Pair, Array]]:
     """Greedy tokens from the first half of a row; each must be the reference's choice, given those before it."""
-    account = Account("greedy", expected.spread, allowed)
     limit = open_cache.bundle.max_length
     for b, row in enumerate(rows):
-        prompt = row[: max(row.size // 2, 1)].tolist()
+        prompt = row[: _prompt_tokens(row)].tolist()
         count = min(GREEDY_TOKENS, (limit or len(prompt) + GREEDY_TOKENS) - len(prompt))
         cache = open_cache([b], len(prompt) + count)
         logits = [cache.prefill([prompt])[0].copy()]
@@ -188,15 +246,19 @@ def _greedy(open_cache: Opener, rows: list[Array], expected: _Expected, allowed:
             made.append(int(logits[-1].argmax()))
         want = expected.along(b, cache, np.array(prompt + made[:-1], np.int64))[len(prompt) - 1 :]
         for i, have in enumerate(logits):
-            account.add(f"row {b}, new token {i}", want[i], have)
-    return account.finish()
+            yield Pair(b, len(prompt) - 1 + i, have, cache, 0), want[i]
 
 
-def _modes(bundle: Bundle) -> list[str]:
-    """The modes that a target allows."""
-    names = (
-        (*MODES, GREEDY) if bundle.crossing is None else (seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS)
-    )
+def _modes(bundle: Bundle, wanted: Sequence[str] | None) -> list[str]:
+    """The modes that were asked for, by default all that the target allows. Raises ConfigError for an unknown one."""
+    own = () if bundle.crossing is None else seq2seq_parity.MODES
+    known = [*own, *MODES, GREEDY]
+    for mode in wanted or ():
+        if mode not in known:
+            raise ConfigError(f"unknown mode {mode!r}{did_you_mean(mode, known)} (known: {', '.join(known)})")
+    if wanted:
+        return list(wanted)
+    names = (*MODES, GREEDY) if not own else (seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS)
     return [m for m in names if bundle.target == "portable" or not m.endswith("_padding")]
 
 

@@ -63,6 +63,17 @@ class Requests:
         """One of MODES."""
         return {ENCODER: self.compare_encoder, BEAMS: self.compare_beams}[mode](allowed)
 
+    def padded(self, rows: Sequence[int]) -> tuple[Array, Array, Array]:
+        """Sources of some rows, padded on the right: ids and mask int64 ``[B, S]``, and what the reference's encoder
+        gives for them ``[B, S, C]``."""
+        S = max(self.sources[row].size for row in rows)
+        ids, mask = np.zeros((2, len(rows), S), np.int64)
+        hidden = np.zeros((len(rows), S, self.hidden[0].shape[-1]), np.float32)
+        for b, row in enumerate(rows):
+            n = self.sources[row].size
+            ids[b, :n], mask[b, :n], hidden[b, :n] = self.sources[row], 1, self.hidden[row]
+        return ids, mask, hidden
+
     def compare_encoder(self, allowed: Tolerance) -> ModeResult:
         """Each source alone at odd lengths too, then all in one batch, padded on either side."""
         account = Account(ENCODER, float(np.concatenate(self.hidden).std()), allowed)
@@ -70,14 +81,14 @@ class Requests:
             for n in sorted({1, 2, source.size // 3 | 1, source.size}):
                 want = self.hidden[b] if n == source.size else self.reference.encode(source[:n])
                 ids = source[None, :n]
-                account.add_values(f"source {b} of {n} tokens", want, self._encode(ids, np.ones_like(ids))[0])
+                account.add_values(f"source {b} of {n} tokens", want, self.encode(ids, np.ones_like(ids))[0])
         S = max(source.size for source in self.sources)
         for side in ("left", "right"):
             ids, mask = np.zeros((2, len(self.sources), S), np.int64)
             slots = [slice(S - n, S) if side == "left" else slice(0, n) for n in (x.size for x in self.sources)]
             for b, (source, at) in enumerate(zip(self.sources, slots, strict=True)):
                 ids[b, at], mask[b, at] = source, 1
-            hidden = self._encode(ids, mask)
+            hidden = self.encode(ids, mask)
             for b, at in enumerate(slots):
                 account.add_values(f"source {b}, padded on the {side}", self.hidden[b], hidden[b, at])
         return account.finish()
@@ -96,7 +107,8 @@ class Requests:
             account.add_choice(f"source {b}", best.tokens == wanted, abs(best.score - score))
         return account.finish()
 
-    def _encode(self, ids: Array, mask: Array) -> Array:
+    def encode(self, ids: Array, mask: Array) -> Array:
+        """The bundle's encoder on sources int64 ``[B, S]``, to float32 ``[B, S, C]``."""
         return self.encoder.evaluate({"input_ids": ids, "attention_mask": mask})[0].astype(np.float32)
 
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pe_onnx import __version__
 from pe_onnx.bundle import ENCODER
@@ -24,6 +25,7 @@ from pe_onnx.models.parts import Part
 from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.fused_norms import FusedNorms
 from pe_onnx.passes.lean import lean
+from pe_onnx.passes.scoped_names import ScopedNames, scoped_names
 from pe_onnx.passes.transposed_weights import TransposedWeights
 
 LARGEST = sys.maxsize - 1
@@ -37,26 +39,12 @@ def to_onnx(
     part: Part, limit: int | None, target: str, dtype: str, progress: Progress = lambda stage: None
 ) -> ir.Model:
     """The ONNX model in memory, weights still the module's own. limit: tokens the encoding can take."""
-    progress("trace")
-    try:
-        with torch.no_grad():
-            program = torch.export.export(part.module, part.args, dynamic_shapes=part.dynamic_shapes, strict=False)
-        _check_lengths(program, limit)
-        progress("translate")
-        onnx_program = torch.onnx.export(
-            program,
-            input_names=list(part.inputs),
-            output_names=list(part.outputs),
-            opset_version=OPSET,
-            custom_translation_table=translation_table(),
-            optimize=False,
-            dynamo=True,
-            verbose=False,
-        )
-        assert onnx_program is not None
-        model = onnx_program.model
+    with _named_failures():
+        translated = _translate(part, limit, progress)
+        model = translated.model
         _check_operators(model, target)
         progress("optimize")
+        ScopedNames(scoped_names(translated.exported_program.graph))(model)
         TransposedWeights()(model)
         InlinePass()(model)
         optimizer.fold_constants(model)
@@ -68,14 +56,6 @@ def to_onnx(
         optimizer.optimize_ir(model, inline=False)
         cache_dtype = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype]
         ContractNames(part.inputs, part.outputs, cache_dtype)(model)
-    except PeOnnxError:
-        raise
-    except Exception as error:
-        cause = _root_cause(error)
-        if isinstance(cause, PeOnnxError):
-            raise cause from error
-        first_line = str(cause).strip().split("\n", 1)[0]
-        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}") from error
     if target == "ort":
         model.opset_imports["com.microsoft"] = 1
     model.producer_name, model.producer_version = "pe-onnx", __version__
@@ -84,6 +64,47 @@ def to_onnx(
     for node in model.graph:
         node.metadata_props.clear()
     return model
+
+
+def to_program(part: Part) -> torch.export.ExportedProgram:
+    """The operations that the ONNX model was translated from, to be run in PyTorch one by one."""
+    with _named_failures():
+        return _translate(part, None, lambda stage: None).exported_program
+
+
+def _translate(part: Part, limit: int | None, progress: Progress) -> torch.onnx.ONNXProgram:
+    progress("trace")
+    with torch.no_grad():
+        program = torch.export.export(part.module, part.args, dynamic_shapes=part.dynamic_shapes, strict=False)
+    _check_lengths(program, limit)
+    progress("translate")
+    translated = torch.onnx.export(
+        program,
+        input_names=list(part.inputs),
+        output_names=list(part.outputs),
+        opset_version=OPSET,
+        custom_translation_table=translation_table(),
+        optimize=False,
+        dynamo=True,
+        verbose=False,
+    )
+    assert translated is not None
+    return translated
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """What the exporter raises is an ExportError with its cause's first line; our own errors stay what they are."""
+    try:
+        yield
+    except PeOnnxError:
+        raise
+    except Exception as error:
+        cause = _root_cause(error)
+        if isinstance(cause, PeOnnxError):
+            raise cause from error
+        first_line = str(cause).strip().split("\n", 1)[0]
+        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}") from error
 
 
 def _check_lengths(program: torch.export.ExportedProgram, limit: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,18 @@ def parse_assignments(items: Any, where: str) -> dict[str, str]:
             raise ConfigError(f"{where}: {item!r} must be name=value")
         result[name.strip()] = value.strip()
     return result
+
+
+def prompt_rows(bundle: str, prompts: Sequence[str]) -> list[list[int]] | None:
+    """Token ids of texts, None for no texts. Raises what reading the bundle's tokenizer raises."""
+    if not prompts:
+        return None
+    from pe_onnx.bundle import read_bundle
+    from pe_onnx.tokenizer import load_tokenizer
+
+    read = read_bundle(bundle, verify=False)
+    tokenizer = load_tokenizer(read.folder, read.manifest["tokenizer"])
+    return [tokenizer.encode(prompt) for prompt in prompts]
 
 
 @contextmanager

@@ -35,18 +35,11 @@ def command(
     The reference is eager PyTorch in float32: our own decoder again from its seed, or transformers' own model of the
     checkpoint. Exit code 1 where the dtype's tolerance is exceeded.
     """
-    from pe_onnx.bundle import read_bundle
-    from pe_onnx.cli._options import stages
+    from pe_onnx.cli._options import prompt_rows, stages
     from pe_onnx.errors import ParityError
     from pe_onnx.parity import DEFAULT_TOKENS, check_parity
 
-    rows = None
-    if prompts:
-        from pe_onnx.tokenizer import load_tokenizer
-
-        read = read_bundle(bundle, verify=False)
-        tokenizer = load_tokenizer(read.folder, read.manifest["tokenizer"])
-        rows = [tokenizer.encode(prompt) for prompt in prompts]
+    rows = prompt_rows(bundle, prompts)
     with stages(1, "parity") as progress:
         progress("PyTorch against onnxruntime")
         report = check_parity(
@@ -68,7 +61,8 @@ def command(
         worst = max(report.modes, key=lambda mode: mode.relative_error)
         raise ParityError(
             f"parity failed: {bundle} is off by {worst.relative_error:.1e} of the spread in mode {worst.mode}, first "
-            f"at {worst.first_difference or 'no single token'}; {report.dtype} allows {report.tolerance.error:.0e}"
+            f"at {worst.first_difference or 'no single token'}; {report.dtype} allows {report.tolerance.error:.0e}; find "
+            f"the operator with `pe-onnx bisect {bundle} --mode {worst.mode}`"
         )
 
 

@@ -147,9 +147,16 @@ def insert(
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let all who read ``old`` read ``new``, and drop what nobody reads any more."""
+    """Let all who read ``old`` read ``new``, which takes its scoped name, and drop what nobody reads any more."""
+    take_name(new, old)
     ir.convenience.replace_all_uses_with(old, new)
     drop(old)
+
+
+def take_name(new: ir.Value, old: ir.Value) -> None:
+    """Give a value that has no scoped name that of the value in whose place it stands."""
+    if "/" in (old.name or "") and "/" not in (new.name or "") and new.producer() is not None:
+        old.name, new.name = new.name, old.name
 
 
 def drop(value: ir.Value | None) -> None:

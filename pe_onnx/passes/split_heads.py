@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pe_onnx.passes.nodes import HEADS_FIRST, attribute, drop, insert, is_heads_first, is_last, sizes
+from pe_onnx.passes.nodes import HEADS_FIRST, attribute, drop, insert, is_heads_first, is_last, sizes, take_name
 
 
 class SplitHeads(ir.passes.InPlacePass):
@@ -44,5 +44,6 @@ class SplitHeads(ir.passes.InPlacePass):
             B, H, T, D = sizes(old) or []
             new.shape, new.type = ir.Shape([B, T, H, D]), old.type
             turned = insert(node, "Transpose", [new], [B, H, T, D], {"perm": HEADS_FIRST})
+            take_name(turned, old)
             ir.convenience.replace_all_uses_with(old, turned)
         drop(parts[0])

@@ -1,0 +1,89 @@
+"""Find the first layer and operator in which a bundle and PyTorch part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+
+if TYPE_CHECKING:
+    from pe_onnx.divergence import Divergence
+
+WIDTH = 160
+"""Columns where there is no terminal."""
+
+
+@click.command()
+@bundle_argument
+@click.option("--reference", metavar="PATH", help="The checkpoint to compare with, where it is not where it was.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare on this text; several make rows.")
+@click.option("--length", type=int, metavar="N", help="Tokens of each random row. [160]")
+@click.option("--mode", "modes", multiple=True, metavar="NAME", help="Only this mode; may be given again.")
+@click.option("--tolerance", type=float, metavar="X", help="Of the error relative to the spread, for the rule's.")
+@click.option("--seed", default=0, metavar="N", help="Of the random rows.")
+@provider_option
+@threads_option
+@json_option
+def command(
+    bundle: str,
+    reference: str | None,
+    prompts: tuple[str, ...],
+    length: int | None,
+    modes: tuple[str, ...],
+    tolerance: float | None,
+    seed: int,
+    provider: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Find the first layer and operator in which a bundle and PyTorch part, and show what the operator was given.
+
+    Parity modes are run in their order up to the first that exceeds its tolerance. Its runs are replayed with the
+    values inside the graph exposed, beside the module that the bundle was traced from. Exit code 1 where they part.
+    """
+    from pe_onnx.bisection import bisect
+    from pe_onnx.cli._options import prompt_rows, stages
+    from pe_onnx.errors import ParityError
+
+    with stages(1, "bisect") as progress:
+        progress("PyTorch against onnxruntime")
+        found = bisect(
+            bundle,
+            reference,
+            rows=prompt_rows(bundle, prompts),
+            tokens=length,
+            modes=modes or None,
+            provider=provider,
+            threads=threads,
+            tolerance=tolerance,
+            seed=seed,
+        )
+    if as_json:
+        print_json({"bundle": bundle, "divergence": found and found.to_dict()})
+    elif found is None:
+        click.echo(f"{bundle}: no mode exceeds its tolerance")
+    else:
+        _print(found)
+    if found is not None:
+        raise ParityError(found.text)
+
+
+def _print(found: Divergence) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(f"{found.bundle}: row {found.row} exceeds its tolerance at position {found.position}")
+    table = Table(title=f"inputs of {found.reader}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("input", "shape", "min", "max", "mean", "std", "off PyTorch's"):
+        table.add_column(name, justify="left" if name in ("input", "shape") else "right", overflow="fold")
+    for s in found.inputs:
+        made = f" = {' <- '.join(s.made_by)}" if s.made_by else ""
+        off = "no counterpart" if s.difference is None else f"{s.difference.max_abs:.1e}"
+        shape = f"{s.dtype} [{', '.join(map(str, s.shape))}]"
+        table.add_row(s.name + made, shape, *(f"{x:.4g}" for x in (s.minimum, s.maximum, s.mean, s.std)), off)
+    console.print(table)
