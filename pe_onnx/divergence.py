@@ -115,7 +115,7 @@ def difference(want: Array, have: Array, considered: Array | None = None) -> Dif
 
 
 def _layouts(want: Array) -> list[Array]:
-    if want.ndim == 4:
+    if want.ndim == 4 and want.size:
         turned = want.transpose(0, 2, 1, 3)
         return [want, turned, want.reshape(*want.shape[:2], -1), turned.reshape(*turned.shape[:2], -1)]
     return [want]

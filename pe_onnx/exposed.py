@@ -76,7 +76,7 @@ class ExposedGraph:
             proto.graph.output.add().name = name
         content = proto.SerializeToString()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # of the types of exposed values, which the graph does not say
+        options.log_severity_level = 4
         options.intra_op_num_threads = threads
         options.add_session_config_entry(EXTERNAL_FOLDER, str(self.bundle.folder.resolve()))
         if not optimize:

@@ -72,7 +72,7 @@ class Session:
         if not 0 <= threads <= MAX_THREADS:
             raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 is one for each core")
         session_options = onnxruntime.SessionOptions()
-        session_options.log_severity_level = 3
+        session_options.log_severity_level = 4  # a refused run is an error of ours, in one line
         session_options.intra_op_num_threads = threads
         if not optimize:
             session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -30,9 +30,11 @@ LAYERS = [
     ("kv_cache", "tokenizer", "sampling"),
     ("beam_search",),
     ("generate",),
-    ("reference", "parity_modes", "parity_report"),
+    ("reference", "parity_modes", "parity_report", "twin", "exposed", "divergence"),
+    ("replay", "blame"),
     ("seq2seq_parity",),
     ("parity", "bench"),
+    ("bisection",),
     ("cli",),
 ]
 """The import order of design.md, section 2, lowest first; a module imports lower layers only, or its own package.

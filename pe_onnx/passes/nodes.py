@@ -154,9 +154,11 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def take_name(new: ir.Value, old: ir.Value) -> None:
-    """Give a value that has no scoped name that of the value in whose place it stands."""
-    if "/" in (old.name or "") and "/" not in (new.name or "") and new.producer() is not None:
+    """Give a value that has no scoped name, and its node, that of the value in whose place it stands."""
+    node = new.producer()
+    if "/" in (old.name or "") and "/" not in (new.name or "") and node is not None:
         old.name, new.name = new.name, old.name
+        node.name = new.name
 
 
 def drop(value: ir.Value | None) -> None:
