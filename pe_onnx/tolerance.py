@@ -1,23 +1,36 @@
-"""How far a bundle of a dtype may be from PyTorch: the one table."""
+"""How far a bundle may be from PyTorch: a rule of the dtype and the depth."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
+class Rule(NamedTuple):
+    factor: float
+    bits: int
+
+
+RULES = {"fp32": Rule(148, 24), "fp16": Rule(10.8, 11)}
+
+
 class Tolerance(NamedTuple):
-    """What a bundle of a dtype may differ by."""
-
     error: float
-    """Greatest absolute error of a logit, relative to the spread (standard deviation) of the reference's logits."""
-    top1: float
-    """Least share of positions with the same most likely token, near-ties counted as the same."""
-    near_tie: float
-    """Two tokens are nearly tied whose reference logits differ by less than this, relative to the spread."""
+    rule: str = "given"
+
+    @property
+    def near_tie(self) -> float:
+        return 2 * self.error
 
 
-TOLERANCES = {"fp32": Tolerance(5e-5, 1.0, 1e-5), "fp16": Tolerance(3e-2, 0.99, 1e-3)}
-"""float32: rounding through 30 layers; float16: weights and activations of 11 bits."""
+def unit_roundoff(dtype: str) -> float:
+    """u of ``fp32`` or ``fp16``: the greatest relative error of one rounding."""
+    return 2.0 ** -RULES[dtype].bits
 
+
+def tolerance_for(dtype: str, layers: int) -> Tolerance:
+    rule = RULES[dtype]
+    error = rule.factor * unit_roundoff(dtype) * math.sqrt(layers)
+    return Tolerance(error)
+TOLERANCES = {"fp32": Tolerance(5e-5), "fp16": Tolerance(3e-2)}
 PROOF = 2.0
-"""The proof at export allows this many times ``error``: its few tokens have a spread of their own."""
