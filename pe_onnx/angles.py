@@ -1,13 +1,13 @@
 """How exact a bundle's rotations are: the angle at a position against position times frequency, in ulps.
 
-RoPE turns by ``angle[p, i] = p * f[i]``. At a long position the angle is thousands of radians, and a table that has gone
-through float16, or was made in it, is off by a large part of a turn where short texts show nothing. So the part of
-the graph that makes cosines and sines is cut out and run at chosen positions, and ``atan2(sin, cos)`` compared with
-``p * f`` in float64, a whole number of turns aside. A factor on both (YaRN's, xPos') cancels.
+RoPE turns by ``angle[p, i] = p * f[i]``. At a long position the angle is thousands of radians, and one that was made in
+float16 is off by a large part of a turn where short texts show nothing. So the part of the graph that makes cosines and
+sines is cut out and run at chosen positions, and ``atan2(sin, cos)`` compared with ``p * f`` in float64, a whole number
+of turns aside. A factor on both (YaRN's, xPos') cancels.
 
-Cosines and sines are taken where a rotation reads them, the inputs of ``RotaryEmbedding``; where the rotation is spelled
-out in single operators, at the nodes Cos and Sin, or behind the Cast that follows them. The frequency is what the
-graph itself multiplies the position with, in its own precision: its angle at position 1, in the same run, since
+Cosines and sines are taken where a rotation reads them, the inputs of ``RotaryEmbedding``; where the rotation is
+spelled out in single operators, at the nodes Cos and Sin, or behind the Cast that follows them. The frequency is what
+the graph itself multiplies the position with, in its own precision: its angle at position 1, in the same run, since
 frequencies may depend on how far a run reaches. Whether that is the right one is a matter of parity.
 """
 
@@ -31,7 +31,19 @@ Array = np.ndarray[Any, Any]
 LONG = (32767, 131071)
 """Positions at the ends of common lengths, where float32 angles of thousands of radians have few digits left."""
 ULP = "1 ulp is the spacing of float32 at the angle"
-KEEPING = ("Cast", "Unsqueeze", "Squeeze", "Reshape", "Concat", "Slice", "Split", "Expand", "Transpose", "Identity", "Neg")
+KEEPING = (
+    "Cast",
+    "Unsqueeze",
+    "Squeeze",
+    "Reshape",
+    "Concat",
+    "Slice",
+    "Split",
+    "Expand",
+    "Transpose",
+    "Identity",
+    "Neg",
+)
 """Operators behind which a cosine is still one, in another place or precision."""
 LEARNING = tuple(2**k for k in range(7))
 """Positions from which the frequencies of a table without Cos and Sin are read."""
@@ -95,7 +107,7 @@ def summary(errors: Sequence[AngleError]) -> str:
     for error in errors:
         if error.position not in worst or error.max_ulps > worst[error.position].max_ulps:
             worst[error.position] = error
-    first, *others = (f"{error.max_ulps:.2g} ulp at {position:,}" for position, error in sorted(worst.items()))
+    first, *others = (f"{_shown(error.max_ulps)} ulp at {position:,}" for position, error in sorted(worst.items()))
     radians = max(error.max_abs_radians for error in errors)
     return f"angles: {', '.join([first, *others])}; at most {radians:.1e} radians; {ULP}"
 
@@ -200,8 +212,12 @@ def _rows(value: Array, tokens: int) -> Array:
 
 
 def _nearest(angles: Array, frequencies: Array) -> Array:
-    """For each channel the frequency of the graph that it is turned by: a table may hold each twice, or half of them."""
+    """For each channel the frequency of the graph that it is turned by: a table may hold each twice, or only some."""
     return frequencies[np.abs(angles[:, None] - frequencies).argmin(1)]
+
+
+def _shown(ulps: float) -> str:
+    return f"{ulps:.2g}" if ulps < 10 else f"{ulps:,.0f}"
 
 
 def _line(error: Exception) -> str:
@@ -275,7 +291,7 @@ def _readers(value: ir.Value) -> list[ir.Node]:
 
 
 def _multiplies(value: ir.Value) -> bool:
-    """Whether a value is multiplied with something that is no constant: a rotation does, a sum of encodings does not."""
+    """Whether a value is multiplied with what is no constant: a rotation does that, a sum of encodings does not."""
     waiting = [value]
     while waiting:
         current = waiting.pop()

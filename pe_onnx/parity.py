@@ -22,7 +22,7 @@ from pe_onnx.kv_cache import Path as RunPath
 from pe_onnx.parity_modes import MODES, Opener, Pair
 from pe_onnx.parity_report import Account, ModeResult, ParityReport
 from pe_onnx.session import Session
-from pe_onnx.tolerance import Tolerance, tolerance_for
+from pe_onnx.tolerance import Tolerance, given, tolerance_for
 
 Array = np.ndarray[Any, Any]
 Reference = Callable[[Array], Array]
@@ -116,7 +116,7 @@ def check_parity(
         encoder = Session(bundle, provider, threads, graph=ENCODER)
         requests = seq2seq_parity.Requests(encoder, session, arrays, compute)
         arrays = seq2seq_parity.targets(bundle, arrays, tokens, seed)
-    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else Tolerance(tolerance)
+    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
     references = [compute if requests is None else requests.reference_of(b) for b in range(len(arrays))]
     expected = _Expected(references, arrays, bundle.shape["vocab_size"])
     open_cache = _Caches(session, requests)

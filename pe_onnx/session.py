@@ -99,7 +99,7 @@ class Session:
         wanted = resolve_provider(provider)
         if not 0 <= threads <= MAX_THREADS:
             raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 is one for each core")
-        level = {True: "all", False: "off"}.get(optimize, optimize)  # type: ignore[call-overload]
+        level = optimize if isinstance(optimize, str) else "all" if optimize else "off"
         if level not in LEVELS:
             raise ConfigError(f"optimize = {level!r} must be one of {', '.join(LEVELS)}{did_you_mean(level, LEVELS)}")
         session_options = onnxruntime.SessionOptions()

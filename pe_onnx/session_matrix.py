@@ -22,7 +22,7 @@ from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.session import LEVELS, PROVIDERS, RECORD_PLACEMENT, PlacedNode, Session, resolve_provider
 from pe_onnx.sources import Sources
-from pe_onnx.tolerance import Tolerance, tolerance_for
+from pe_onnx.tolerance import Tolerance, given, tolerance_for
 
 Array = np.ndarray[Any, Any]
 
@@ -152,14 +152,12 @@ def compare_sessions(
         raise ConfigError("a session matrix needs at least one provider and one number of threads")
     wanted = settings(providers, threads)
     arrays = _rows(bundle, rows, seed)
-    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth)
-    if tolerance is not None:
-        allowed = Tolerance(tolerance)
+    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
     logits, fallbacks = [], []
     for setting in wanted:
         opened = {file: _open(bundle, setting, file) for file in bundle.graphs}
         logits.append(_run(opened[bundle.model.name], opened.get(ENCODER), arrays, seed))
-        for file, session in opened.items():
+        for session in opened.values():
             fallbacks += fallbacks_of(setting, session.placement(), session.model)
         opened = {}
         gc.collect()  # one session at a time: each holds the weights

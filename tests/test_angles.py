@@ -1,130 +1,217 @@
-"""Angle errors of rotations in ulps: small where the tables are right, and what a table in float16 looks like."""
+"""Angle errors of rotations in ulps: small where the tables are right, and what a table in float16 looks like.
+
+The graphs are small and by hand; that every encoding of ours is right stands in ``test_parity_encodings.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import checkpoints
 import numpy as np
+import onnx
 import pytest
+import small_bundle
 import tiny_models
-import torch
 from conftest import Bundles
+from onnx import TensorProto, helper, numpy_helper
+from variants import VARIANTS
 
 import pe_onnx
-from pe_onnx import angles, discovery
-from pe_onnx.angles import default_positions, rotary_angles, summary
-from pe_onnx.bundle import read_bundle
-from pe_onnx.encodings.rope import Rope
+from pe_onnx.angles import LONG, AngleError, default_positions, rotary_angles, summary
+from pe_onnx.bundle import read_bundle, write_bundle
 from pe_onnx.errors import InputError
-from pe_onnx.exporter import silenced
 
-ROTATING = [name for name in discovery.names("encodings") if name.startswith("rope") or name == "xpos"]
-RIGHT = 1.6
-"""Ulps: half for the angle, half for its cosine and sine, half for a factor on both."""
-HALF = 200
-"""Ulps of what has been in float16, at the least."""
+R = 16
+FREQUENCIES = 10000.0 ** -(np.arange(0, R, 2) / R)
+POSITIONS = [1, 127, 2047, 131071]
+RIGHT = 1.2
+"""Ulps: half for the angle and half for its cosine and sine."""
+HALF = 400
+"""Ulps of what has been in float16, at the least, where the angle is small."""
 
-
-def exported(folder: Path, **options: object) -> Path:
-    pe_onnx.export(output=folder / "b", verify=False, **options)  # type: ignore[arg-type]
-    return folder / "b"
+Nodes = list[onnx.NodeProto]
 
 
-@pytest.mark.parametrize("encoding", ROTATING)
-def test_every_rope_is_right_to_an_ulp(encoding: str, tmp_path: Path) -> None:
-    errors = rotary_angles(folder := exported(tmp_path, encoding=encoding))
-    assert sorted({error.position for error in errors}) == default_positions(read_bundle(folder))
-    assert max(error.max_ulps for error in errors) < RIGHT, errors
-    turned = {layer for error in errors for layer in error.layers}
-    assert turned == ({0} if encoding == "rope_nope" else {0, 1})
+def cast(source: str, target: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], to=to)
 
 
-def broken(folder: Path, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The worst error up to position 127 of a RoPE whose positions and frequencies make other tables."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rope, "tables", lambda self, p: change(p.double()[..., None], self.frequencies(p)))
-        rope = exported(folder, encoding="rope")
-    return max(error.max_ulps for error in rotary_angles(rope, [1, 127, 131071]))
+def through(source: str, target: str, narrow: int, to: int) -> Nodes:
+    """A value in a narrow type and back."""
+    return [cast(source, f"{target}_narrow", narrow), cast(f"{target}_narrow", target, to)]
 
 
-def tables(angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return angle.cos().float(), angle.sin().float()
+def tables(
+    dtype: int = TensorProto.DOUBLE,
+    narrow_angle: bool = False,
+    narrow_cos: bool = False,
+    frequency: Nodes | None = None,
+) -> Nodes:
+    """Nodes that make ``cos`` and ``sin`` of ``position_ids``, in a type and at two places through float16."""
+    nodes = [cast("position_ids", "p", dtype), helper.make_node("Unsqueeze", ["p", "last"], ["column"])]
+    nodes += frequency or [cast("frequencies", "f", dtype)]
+    nodes += [helper.make_node("Mul", ["column", "f"], ["exact"])]
+    nodes += through("exact", "angle", TensorProto.FLOAT16 if narrow_angle else dtype, dtype)
+    for kind in ("Cos", "Sin"):
+        name = kind.lower()
+        nodes += [helper.make_node(kind, ["angle"], [f"{name}_wide"])]
+        narrow = TensorProto.FLOAT16 if narrow_cos and kind == "Cos" else TensorProto.FLOAT
+        nodes += through(f"{name}_wide", name, narrow, TensorProto.FLOAT)
+    return nodes
 
 
-def test_the_same_procedure_with_nothing_broken(tmp_path: Path) -> None:
-    assert broken(tmp_path, lambda p, f: tables(p * f)) < RIGHT
+def rotated(x: str = "past_key_values.0.key", y: str = "present.0.key", cos: str = "cos", sin: str = "sin") -> Nodes:
+    return [helper.make_node("RotaryEmbedding", [x, cos, sin], [y])]
 
 
-def test_cosines_that_went_through_float16_are_seen(tmp_path: Path) -> None:
-    assert broken(tmp_path, lambda p, f: ((p * f).cos().half().float(), (p * f).sin().float())) > HALF
+def spelled_out() -> Nodes:
+    """x cos + turned(x) sin in single operators, each frequency twice."""
+    return [
+        *(helper.make_node("Concat", [name, name], [f"{name}_twice"], axis=-1) for name in ("cos", "sin")),
+        helper.make_node("Mul", ["past_key_values.0.key", "cos_twice"], ["straight"]),
+        helper.make_node("Neg", ["past_key_values.0.key"], ["turned"]),
+        helper.make_node("Mul", ["turned", "sin_twice"], ["across"]),
+        helper.make_node("Add", ["straight", "across"], ["present.0.key"]),
+    ]
 
 
-def test_angles_in_float16_are_seen(tmp_path: Path) -> None:
-    assert broken(tmp_path, lambda p, f: tables((p * f).half().float())) > HALF
+def bundle(folder: Path, nodes: Nodes, max_length: int | None = None, **initializers: np.ndarray) -> Path:
+    """A bundle of two layers whose graph these nodes are."""
+    manifest = small_bundle.manifest()
+    manifest["model"]["max_length"] = max_length
+    given = {"last": np.array([-1]), "frequencies": FREQUENCIES, **initializers}
+    shapes = {"position_ids": ["batch_size", "sequence_length"]}
+    shapes |= {f"past_key_values.{i}.key": ["batch_size", 4, "past_sequence_length", 16] for i in range(2)}
+    types = {name: TensorProto.INT64 if name == "position_ids" else TensorProto.FLOAT for name in shapes}
+    made = {name for node in nodes for name in node.output if name.startswith("present")}
+    graph = helper.make_graph(
+        nodes,
+        "rotation",
+        [helper.make_tensor_value_info(name, types[name], shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sorted(made)],
+        [numpy_helper.from_array(value, name) for name, value in given.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    with write_bundle(folder, manifest) as partial:
+        onnx.save(model, partial / "model.onnx")
+    return folder
 
 
-def test_frequencies_that_change_their_last_digit_at_a_position_are_seen(tmp_path: Path) -> None:
-    """The next float32 of each from position 127 on: an ulp where there is 0.01 of one."""
-    clean = broken(tmp_path / "clean", lambda p, f: tables(p * f.float().double()))
-
-    def change(p: torch.Tensor, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        single = f.float()
-        longer = torch.nextafter(single, torch.full_like(single, 2.0)).double()
-        return tables(p * torch.where(p == 131071, longer, single.double()))
-
-    assert broken(tmp_path / "changed", change) > clean + 0.3
+def worst(folder: Path, positions: Sequence[int] = POSITIONS) -> float:
+    return max(error.max_ulps for error in rotary_angles(folder, positions))
 
 
-def test_a_wrong_table_at_one_position_alone_is_seen(tmp_path: Path) -> None:
-    folder = exported(tmp_path, encoding="rope")
-    right = angles.Tables(read_bundle(folder))
-    run = right._run
-
-    def shifted(position: int) -> dict[str, np.ndarray]:
-        values = run(position)
-        if position == 127:
-            cos, sin = (str(v.name) for v in (right.rotations[0].cos, right.rotations[0].sin))
-            values[cos][1], values[sin][1] = (run(128)[name][1] for name in (cos, sin))
-        return values
-
-    right._run = shifted  # type: ignore[method-assign]
-    ulps = {position: next(right.errors(position)).max_ulps for position in (126, 127, 128)}
-    assert ulps[127] > 1e4
-    assert max(ulps[126], ulps[128]) < RIGHT
+@pytest.mark.parametrize("dtype", [TensorProto.DOUBLE, TensorProto.FLOAT])
+@pytest.mark.parametrize("rotation", [rotated, spelled_out])
+def test_right_tables_are_right_to_an_ulp(rotation: Callable[[], Nodes], dtype: int, tmp_path: Path) -> None:
+    folder = bundle(tmp_path / "b", tables(dtype) + rotation())
+    errors = rotary_angles(folder, POSITIONS)
+    assert [error.position for error in errors] == POSITIONS
+    assert 0 < max(error.max_ulps for error in errors) < RIGHT
+    assert all(error.layers == [0] for error in errors)
+    float32 = dtype == TensorProto.FLOAT
+    assert (errors[-1].max_abs_radians > 1e-4) == float32  # where the angle has few digits after the point
+    assert (errors[-1].max_abs_radians < 1e-7) != float32
 
 
-@pytest.mark.parametrize("encoding", ["alibi", "sinusoidal", "none"])
+@pytest.mark.parametrize("fault", ["narrow_cos", "narrow_angle"])
+@pytest.mark.parametrize("rotation", [rotated, spelled_out])
+def test_what_has_been_in_float16_is_seen(rotation: Callable[[], Nodes], fault: str, tmp_path: Path) -> None:
+    nodes = tables(narrow_cos=fault == "narrow_cos", narrow_angle=fault == "narrow_angle") + rotation()
+    assert worst(bundle(tmp_path / "b", nodes)) > HALF
+
+
+def test_an_angle_in_float16_is_lost_altogether_at_long_positions(tmp_path: Path) -> None:
+    (error,) = rotary_angles(bundle(tmp_path / "b", tables(narrow_angle=True) + rotated()), [32767])
+    assert error.max_abs_radians > 0.5
+
+
+def test_a_last_digit_of_the_frequencies_at_one_position_is_seen(tmp_path: Path) -> None:
+    """The next float32 of each frequency from position 131,071 on: 0.5 of an ulp or more where there is 0.05."""
+    single = FREQUENCIES.astype(np.float32)
+    other = np.nextafter(single, np.float32(2)).astype(np.float64)
+    nodes = [
+        helper.make_node("Equal", ["column", "far"], ["is_far"]),
+        helper.make_node("Where", ["is_far", "others", "frequencies"], ["f"]),
+    ]
+    given = {"frequencies": single.astype(np.float64), "others": other, "far": np.array(131071.0)}
+    changed = bundle(tmp_path / "changed", tables(frequency=nodes) + rotated(), **given)
+    clean = bundle(tmp_path / "clean", tables() + rotated(), frequencies=single.astype(np.float64))
+    assert worst(clean, [131071]) < 0.05
+    assert worst(changed, [131071]) > 0.5
+    assert worst(changed, [131070]) < 0.05
+
+
+def test_a_factor_on_both_cancels_and_so_does_the_sense_of_the_turn(tmp_path: Path) -> None:
+    scaled = [helper.make_node("Mul", [name, "factor"], [f"{name}_scaled"]) for name in ("cos", "sin")]
+    backwards = [helper.make_node("Neg", ["sin_scaled"], ["sin_back"])]
+    nodes = tables() + scaled + backwards + rotated(cos="cos_scaled", sin="sin_back")
+    assert worst(bundle(tmp_path / "b", nodes, factor=np.array(1.37, np.float32))) < RIGHT + 0.5
+
+
+@pytest.mark.parametrize("wrong", [None, 700])
+def test_a_table_without_cosines_in_the_graph(wrong: int | None, tmp_path: Path) -> None:
+    """Its frequencies are read off its first positions; one wrong row is seen."""
+    angle = np.arange(1024)[:, None] * FREQUENCIES
+    if wrong is not None:
+        angle[wrong] *= 1 + 1e-5
+    given = {"cos_table": np.cos(angle).astype(np.float32), "sin_table": np.sin(angle).astype(np.float32)}
+    nodes = [helper.make_node("Gather", [f"{name}_table", "position_ids"], [name]) for name in ("cos", "sin")]
+    folder = bundle(tmp_path / "b", nodes + rotated(), max_length=1024, **given)
+    right = [p for p in (1, 127, 700, 1023) if p != wrong]
+    assert worst(folder, right) < RIGHT + 1.5  # the frequencies are known to a digit or so
+    assert wrong is None or worst(folder, [wrong]) > 50
+    with pytest.raises(InputError, match=r"position 1024 must be in 0\.\.1023"):
+        rotary_angles(folder, [1024])
+
+
+def test_tables_of_different_layers_are_told_apart(tmp_path: Path) -> None:
+    """The second through float16."""
+    nodes = tables() + rotated()
+    nodes += [*through("cos_wide", "rough", TensorProto.FLOAT16, TensorProto.FLOAT)]
+    nodes += rotated("past_key_values.1.key", "present.1.key", cos="rough")
+    first, second = rotary_angles(bundle(tmp_path / "b", nodes), [127])
+    assert (first.table, first.layers, second.table, second.layers) == ("cos", [0], "rough", [1])
+    assert first.max_ulps < RIGHT < HALF < second.max_ulps
+
+
+@pytest.mark.parametrize("encoding", ["alibi", "sinusoidal"])
 def test_what_does_not_rotate_has_no_angles(bundles: Bundles, encoding: str) -> None:
     """A sinusoidal embedding has cosines too: they are added."""
     assert rotary_angles(bundles(encoding)) == []
     assert summary([]) == ""
 
 
-def test_two_bases_are_two_tables(tmp_path: Path) -> None:
-    errors = rotary_angles(exported(tmp_path, encoding="rope_two_bases"), [127])
-    assert [error.layers for error in errors] == [[0], [1]]
-    assert errors[0].table != errors[1].table
-
-
 @pytest.mark.parametrize("encoding", ["rope_longrope", "rope_dynamic"])
-def test_frequencies_that_switch_are_those_of_the_run(encoding: str, tmp_path: Path) -> None:
-    """Of a run that reaches as far as the position: the same channel turns by another frequency there."""
-    folder = exported(tmp_path, encoding=encoding, config={"max_position_embeddings": 64})
+def test_frequencies_that_switch_are_those_of_the_run(bundles: Bundles, encoding: str) -> None:
+    """Of a run that reaches as far as the position. The same channel turns at another rate there."""
+    folder = bundles(encoding, config={"max_position_embeddings": 64})
     short, long = rotary_angles(folder, [10, 100])
     assert (short.reach, long.reach) == (11, 101)
-    found = angles.Tables(read_bundle(folder))
-    name = str(found.rotations[0].angle.name)  # type: ignore[union-attr]
-    before, after = found._run(10)[name][0], found._run(100)[name][0]
-    assert np.abs(after / before - 1).max() > 0.1
     assert max(short.max_ulps, long.max_ulps) < RIGHT
 
 
-def test_positions_beyond_what_the_encoding_takes_are_refused(tmp_path: Path) -> None:
-    folder = exported(tmp_path, encoding="xpos")
-    limit = read_bundle(folder).max_length
-    assert limit is not None
-    assert max(default_positions(read_bundle(folder))) < limit
-    with pytest.raises(InputError, match=rf"position {limit} must be in 0\.\.{limit - 1}"):
-        rotary_angles(folder, [limit])
+@pytest.mark.parametrize("name", ["llama_yarn_factor", "gptj"])
+def test_bridged_models(name: str, tmp_path: Path) -> None:
+    """Angles in float32 as transformers makes them, and the table that GPT-J is given."""
+    model_type, options = VARIANTS[name]
+    tiny_models.build(model_type, **options).save_pretrained(tmp_path / "checkpoint")
+    pe_onnx.export(model=tmp_path / "checkpoint", output=tmp_path / "b", verify=False)
+    errors = rotary_angles(tmp_path / "b")
+    assert {i for error in errors for i in error.layers} == {0, 1}
+    assert max(error.max_ulps for error in errors) < RIGHT + 1.5
+
+
+def test_the_default_positions(tmp_path: Path) -> None:
+    short = read_bundle(bundle(tmp_path / "short", tables() + rotated(), max_length=2048), verify=False)
+    endless = read_bundle(bundle(tmp_path / "endless", tables() + rotated()), verify=False)
+    assert default_positions(short) == [1, 127, 2047]
+    assert default_positions(endless) == [1, 127, 2047, 3072, *LONG]
+
+
+def test_the_summary_has_the_worst_table_at_each_position() -> None:
+    errors = [AngleError(p, ulps, 1e-8, 0, "cos", [0], None) for p, ulps in ((127, 0.5), (127, 900.0), (1, 0.25))]
+    line = summary(errors)
+    assert line.startswith("angles: 0.25 ulp at 1, 900 ulp at 127; at most 1.0e-08 radians;")
+    assert "1 ulp is the spacing of float32 at the angle" in line

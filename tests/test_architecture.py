@@ -30,6 +30,7 @@ LAYERS = [
     ("kv_cache", "tokenizer", "sampling"),
     ("beam_search",),
     ("generate",),
+    ("angles", "session_matrix"),
     ("reference", "parity_modes", "parity_report"),
     ("seq2seq_parity",),
     ("parity", "bench"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def calling_nodes(model: Path, operator: str) -> list[str]:
 
 
 def printed(matrix: session_matrix.SessionMatrix) -> str:
-    console = Console(width=100, record=True, file=Path("/dev/null").open("w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     print_matrix(matrix, console)
     return console.export_text()
 
