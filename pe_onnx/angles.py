@@ -248,14 +248,13 @@ def _cut(model: ir.Model, exposed: Sequence[ir.Value]) -> list[str]:
 
 def _rotations(graph: ir.Graph) -> Iterator[Rotation]:
     """Every pair of tables that turns queries or keys."""
-    pairs: dict[tuple[int, int], tuple[ir.Value, ir.Value, list[ir.Node]]] = {}
+    readers: dict[tuple[ir.Value | None, ...], list[ir.Node]] = {}
     for node in graph:
-        if node.op_type == "RotaryEmbedding" and len(node.inputs) > 2:
-            cos, sin = node.inputs[1], node.inputs[2]
-            if cos is not None and sin is not None and len(node.inputs) < 4:
-                pairs.setdefault((id(cos), id(sin)), (cos, sin, []))[2].append(node)
-    if pairs:
-        for cos, sin, nodes in pairs.values():
+        if node.op_type == "RotaryEmbedding" and node.domain in ("", "pe_onnx"):
+            readers.setdefault(tuple(node.inputs[1:4]), []).append(node)
+    if readers:
+        for inputs, nodes in readers.items():
+            cos, sin = _at_positions(graph, *inputs)
             yield Rotation(cos, sin, _angle(cos), sorted({i for node in nodes for i in _layers(node)}))
         return
     sines = {id(node.inputs[0]): node for node in graph if node.op_type == "Sin"}
@@ -264,6 +263,24 @@ def _rotations(graph: ir.Graph) -> Iterator[Rotation]:
         if sine is not None and _multiplies(node.outputs[0]):
             layers = sorted({i for reader in _readers(node.outputs[0]) for i in _layers(reader)})
             yield Rotation(_cast(node.outputs[0]), _cast(sine.outputs[0]), node.inputs[0], layers)
+
+
+def _at_positions(
+    graph: ir.Graph, cos: ir.Value | None, sin: ir.Value | None, positions: ir.Value | None = None
+) -> list[ir.Value]:
+    """The cosines and sines of each token; the operator may be given positions, and tables of every position."""
+    import onnx_ir as ir
+
+    tables = [value for value in (cos, sin) if value is not None]
+    if positions is None:
+        return tables
+    found = []
+    for table in tables:
+        gather = ir.node("Gather", [table, positions])
+        gather.outputs[0].name, gather.outputs[0].type = f"{table.name} at {positions.name}", table.type
+        graph.append(gather)
+        found.append(gather.outputs[0])
+    return found
 
 
 def _angle(cos: ir.Value) -> ir.Value | None:

@@ -151,14 +151,18 @@ def test_a_factor_on_both_cancels_and_so_does_the_sense_of_the_turn(tmp_path: Pa
 
 
 @pytest.mark.parametrize("wrong", [None, 700])
-def test_a_table_without_cosines_in_the_graph(wrong: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "by the operator"])
+def test_a_table_without_cosines_in_the_graph(gathered: bool, wrong: int | None, tmp_path: Path) -> None:
     """Its frequencies are read off its first positions; one wrong row is seen."""
     angle = np.arange(1024)[:, None] * FREQUENCIES
     if wrong is not None:
         angle[wrong] *= 1 + 1e-5
     given = {"cos_table": np.cos(angle).astype(np.float32), "sin_table": np.sin(angle).astype(np.float32)}
     nodes = [helper.make_node("Gather", [f"{name}_table", "position_ids"], [name]) for name in ("cos", "sin")]
-    folder = bundle(tmp_path / "b", nodes + rotated(), max_length=1024, **given)
+    if not gathered:
+        inputs = ["past_key_values.0.key", "cos_table", "sin_table", "position_ids"]
+        nodes = [helper.make_node("RotaryEmbedding", inputs, ["present.0.key"])]
+    folder = bundle(tmp_path / "b", nodes if not gathered else nodes + rotated(), max_length=1024, **given)
     right = [p for p in (1, 127, 700, 1023) if p != wrong]
     assert worst(folder, right) < RIGHT + 1.5  # the frequencies are known to a digit or so
     assert wrong is None or worst(folder, [wrong]) > 50
