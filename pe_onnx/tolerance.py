@@ -8,11 +8,11 @@ u is the dtype's unit roundoff, 2^-24 of float32 and 2^-11 of float16. ``fixed``
 depth: embedding and head, in float16 above all the head's weights and input, whose rounding shows in the logits as it
 is.
 
-The constants are measured (``benchmarks/tolerance.py``). The worst right bundles, in units of u: float32 59 at 2 layers
-(of 130 families at the bridge's proof), 61 at 8 and 200 to 300 at 30 layers (SmolLM2-135M, by prompts); float16 9.1 at 2
-layers and 14.5 at 30. Allowed is about four times that or more, 286, 452 and 809, 36 and 60; the least margin is 2.7,
-of SmolLM2's worst prompts in float32, because up to 32 layers the rule stays within the 5e-5 that has always been
-enough. A wrong theta, scale, mask or position is off by 1e-2 to 5: hundreds of times what float32 is allowed.
+The constants are measured (``benchmarks/tolerance.py``). The worst right bundles, in units of u: float32 59 at 2
+layers (of 129 families, at the bridge's proof), 61 at 8 and 200 to 300 at 30 layers (SmolLM2-135M, by prompts); float16
+9.1 at 2 layers and 14.5 at 30. Allowed is about four times that or more, 286, 452 and 809, 36 and 60; the least margin
+is 2.7, of SmolLM2's worst prompts in float32, because up to 32 layers the rule stays within the 5e-5 that has always
+been enough. A wrong theta, scale, mask or position is off by 1e-2 to 5: hundreds of times what float32 is allowed.
 """
 
 from __future__ import annotations
