@@ -155,16 +155,22 @@ def compare_sessions(
     allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
     logits, fallbacks = [], []
     for setting in wanted:
-        opened = {file: _open(bundle, setting, file) for file in bundle.graphs}
-        logits.append(_run(opened[bundle.model.name], opened.get(ENCODER), arrays, seed))
-        for session in opened.values():
-            fallbacks += fallbacks_of(setting, session.placement(), session.model)
-        opened = {}
+        values, fallen = _measure(bundle, setting, arrays, seed)
+        logits.append(values)
+        fallbacks += fallen
         gc.collect()  # one session at a time: each holds the weights
     spread = float(logits[0].std())
     differences = [[_difference(a, b) / spread for b in logits] for a in logits]
     names = [setting.name for setting in wanted]
     return SessionMatrix(str(folder), names, differences, spread, allowed, len(logits[0]), fallbacks)
+
+
+def _measure(bundle: Bundle, setting: Setting, rows: list[Array], seed: int) -> tuple[Array, list[Fallback]]:
+    """A session's logits, and what fell back in it."""
+    opened = {file: _open(bundle, setting, file) for file in bundle.graphs}
+    logits = _run(opened[bundle.model.name], opened.get(ENCODER), rows, seed)
+    fallen = [fallbacks_of(setting, session.placement(), session.model) for session in opened.values()]
+    return logits, [fallback for part in fallen for fallback in part]
 
 
 def _open(bundle: Bundle, setting: Setting, file: str) -> Session:

@@ -24,8 +24,9 @@ def print_matrix(matrix: SessionMatrix, console: Console | None = None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    title = escape(f"{matrix.bundle}: greatest difference of two sessions, of the logits' spread")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
+    title = f"{matrix.bundle}: greatest difference of two sessions, of the logits' spread"
+    console.print(escape(title), soft_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", justify="right")
     table.add_column("session", no_wrap=True)
     for i in range(len(matrix.names) - 1):
