@@ -32,10 +32,7 @@ from pe_onnx.models.norms import prove_norms
 from pe_onnx.models.observed import Observed, observe
 from pe_onnx.models.proof import STEPS, Feed, Proof
 from pe_onnx.models.substitution import Substitution, installed
-from pe_onnx.tolerance import PROOF, TOLERANCES
-
-PROOF_TOLERANCE = PROOF * TOLERANCES["fp32"].error
-"""Of the logits' spread: far above rounding, far below any lost window, scale or position."""
+from pe_onnx.tolerance import PROOF, tolerance_for
 
 
 class BridgedDecoder(nn.Module):
@@ -60,6 +57,8 @@ class BridgedDecoder(nn.Module):
             self.caches = [(K, -(-D // 16) * 16) for K, D in self.caches]
         self.takes_positions = takes_positions(model)
         self.first = observed.first
+        shared = getattr(text_config(model.config), "num_kv_shared_layers", None) or 0
+        self.layers = len(self.caches) + shared
         self.masks: list[Mask] = []
         """What the layers of the last run handed to attention."""
 
@@ -130,6 +129,7 @@ def from_checkpoint(
     return Exportable(
         module=module,
         caches=module.caches,
+        layers=module.layers,
         max_length=observed.max_length,
         path_dependent=bool(switches.thresholds(model)),
         proof=proof,
@@ -211,7 +211,7 @@ def prove(module: BridgedDecoder, observed: Observed) -> Proof:
 
     with named_failures(module.model):
         error = proof.error(run, module.target, module.caches, torch.float32)
-    if not error <= PROOF_TOLERANCE:
+    if not error <= PROOF * tolerance_for("fp32", module.layers).error:
         counts = "" if module.takes_positions else "; it takes no position_ids, and may count from the cache's length"
         raise CheckpointError(
             f"{name} cannot be exported exactly: with its attention replaced its logits are off by {error:.1e} of "

@@ -49,6 +49,8 @@ class Exportable:
     """Writes tokenizer files into the bundle."""
     proof: Proof | Seq2SeqProof | None = None
     """What the finished bundle is to give on a few tokens; None where the module cannot be run on them."""
+    layers: int | None = None
+    """Layers that logits go through, where there are more than caches: an encoder's, or some that share a cache."""
     crossing: Crossing | None = None
     """What the decoder knows of its encoder; None where there is none."""
     start_token: int | None = None

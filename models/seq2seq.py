@@ -19,12 +19,13 @@ from pe_onnx.errors import CheckpointError
 from pe_onnx.models import checkpoint
 from pe_onnx.models.across import CrossStep, EncoderStep
 from pe_onnx.models.attention import LayerCache, cached_step
-from pe_onnx.models.bridge import PROOF_TOLERANCE, described, family, named_failures, replaced
+from pe_onnx.models.bridge import described, family, named_failures, replaced
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.models.interface import BridgeCache, register
 from pe_onnx.models.norms import prove_norms
 from pe_onnx.models.seq2seq_proof import CrossedCache, Seq2SeqProof
 from pe_onnx.models.substitution import Substitution
+from pe_onnx.tolerance import PROOF, tolerance_for
 
 PADDED = 16
 """The fused attention wants head sizes in multiples of it."""
@@ -94,6 +95,7 @@ class Bridged(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.layers = encoder.encoder.config.num_hidden_layers + len(decoder.caches)
 
 
 def _without_encoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,6 +120,7 @@ def from_checkpoint(path: Path, target: Target, last_only: bool, follow: bool = 
     return Exportable(
         module=module,
         caches=module.decoder.caches,
+        layers=module.layers,
         proof=proof,
         crossing=crossing,
         start_token=start if isinstance(start, int) else None,
@@ -150,7 +153,7 @@ def bridge(model: PreTrainedModel, target: Target, last_only: bool) -> tuple[Bri
     )
     with named_failures(model), torch.no_grad():
         error = proof.error(module.encoder, module.decoder, target, caches, torch.float32)
-    if not error <= PROOF_TOLERANCE:
+    if not error <= PROOF * tolerance_for("fp32", module.layers).error:
         raise CheckpointError(
             f"{type(model).__name__} cannot be exported exactly: with its attention replaced it is off by {error:.1e} "
             f"of the spread"

@@ -84,6 +84,12 @@ class Bundle:
         return [(heads, size) for heads, size in self.manifest["model"]["caches"]]
 
     @property
+    def depth(self) -> int:
+        """Layers that a token's logits have gone through, those of an encoder included."""
+        caches = len(self.manifest["model"]["caches"])
+        return self.manifest["model"].get("layers", caches if self.crossing is None else 2 * caches)
+
+    @property
     def cache_dtype(self) -> str:
         """numpy's name."""
         return contract.DTYPES[self.manifest["dtype"]]
@@ -200,6 +206,7 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
         require(name in m["model"] and (m["model"][name] is None or count(m["model"][name])), f"model.{name}")
     heads = m["model"].get("score_heads", 0)
     require(heads == 0 or count(heads), "model.score_heads")
+    require(count(m["model"].get("layers", 1)), "model.layers")
     require(isinstance(m["encoding"].get("name"), str), "encoding.name")
     require(isinstance(m["encoding"].get("parameters"), dict), "encoding.parameters")
     require(isinstance(m["encoding"].get("path_dependent"), bool), "encoding.path_dependent")

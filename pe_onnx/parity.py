@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pe_onnx import seq2seq_parity
+from pe_onnx.angles import rotary_angles
 from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import CheckpointError, ConfigError, InputError, did_you_mean
 from pe_onnx.kv_cache import KVCache, make_cache
@@ -22,7 +23,7 @@ from pe_onnx.kv_cache import Path as RunPath
 from pe_onnx.parity_modes import MODES, Opener, Pair
 from pe_onnx.parity_report import Account, ModeResult, ParityReport
 from pe_onnx.session import Session
-from pe_onnx.tolerance import TOLERANCES, Tolerance
+from pe_onnx.tolerance import Tolerance, given, tolerance_for
 
 Array = np.ndarray[Any, Any]
 Reference = Callable[[Array], Array]
@@ -80,7 +81,7 @@ def check_parity(
     reference: None for the one the manifest names; a checkpoint's path; a ``torch.nn.Module`` called with
     ``(input_ids, attention_mask, position_ids)``; any function of token ids; or a PathReference. rows: token ids to
     compare on (default: four random rows of ``tokens`` tokens, at most what the encoding takes). tolerance: of the
-    relative error, in place of the dtype's.
+    relative error, in place of the one that follows from dtype and depth.
 
     Of an encoder-decoder rows are sources, by default of different lengths, each with ``tokens`` random tokens of the
     decoder; the reference is a checkpoint's path, transformers' model, or a ``Seq2SeqReference``.
@@ -104,7 +105,8 @@ def check_parity(
         if mode == GREEDY or mode in MODES:
             report.modes.append(_compare(compared, mode))
         elif compared.requests is not None:
-            report.modes.append(compared.requests.compare(mode, allowed))
+            report.modes.append(compared.requests.compare(mode, allowed, expected.spread))
+    report.angles = rotary_angles(folder)
     return report
 
 
@@ -168,9 +170,7 @@ def prepare(
         encoder = Session(bundle, provider, threads, graph=ENCODER)
         requests = seq2seq_parity.Requests(encoder, session, arrays, compute)
         arrays = seq2seq_parity.targets(bundle, arrays, tokens, seed)
-    allowed = TOLERANCES[bundle.manifest["dtype"]]
-    if tolerance is not None:
-        allowed = allowed._replace(error=tolerance)
+    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
     references = [compute if requests is None else requests.reference_of(b) for b in range(len(arrays))]
     expected = Expected(references, arrays, bundle.shape["vocab_size"])
     return Comparison(bundle, name, Caches(session, requests), arrays, expected, allowed, requests, wanted)

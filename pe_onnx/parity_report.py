@@ -7,9 +7,30 @@ from typing import Any
 
 import numpy as np
 
+from pe_onnx.angles import AngleError
 from pe_onnx.tolerance import Tolerance
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """The two sides choose different tokens that are no near-tie."""
+
+    where: str
+    """Row and position."""
+    expected: int | None
+    """The reference's most likely token; None where whole hypotheses differ."""
+    chosen: int | None
+    """The bundle's."""
+    gap: float
+    """By how much the reference prefers its own, of the spread."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        tokens = "" if self.expected is None else f" token {self.chosen} for {self.expected},"
+        return f"{self.where}:{tokens} {self.gap:.1e} of the spread apart"
 
 
 @dataclass
@@ -25,8 +46,13 @@ class ModeResult:
     kl: float = 0.0
     """Mean Kullback-Leibler divergence of the bundle from the reference, nats."""
     top1_agreement: float = 1.0
+    """Share of positions with the same most likely token, near-ties counted as the same."""
     near_ties: int = 0
-    """Disagreements between tokens that are nearly tied in the reference."""
+    """Another token was the most likely, and the reference prefers its own by at most twice the allowed error: each of
+    the two may have moved by that much."""
+    disagreements: int = 0
+    """Another token was the most likely, and it is no near-tie."""
+    first_disagreement: Disagreement | None = None
     first_difference: str | None = None
     """The first row and position over the tolerance."""
     passed: bool = True
@@ -42,6 +68,8 @@ class ParityReport:
     tolerance: Tolerance
     spread: float
     modes: list[ModeResult] = field(default_factory=list)
+    angles: list[AngleError] = field(default_factory=list)
+    """Of the bundle's rotations; a figure, which no verdict hangs on."""
 
     @property
     def passed(self) -> bool:
@@ -55,9 +83,11 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; a figure that is not finite is None."""
         values = asdict(self)
-        for mode in values["modes"]:
-            mode.update({k: None for k, x in mode.items() if isinstance(x, float) and not np.isfinite(x)})
-        return {**values, "tolerance": self.tolerance._asdict(), "passed": self.passed}
+        angles = [error._asdict() for error in self.angles]
+        for row in (*values["modes"], *angles):
+            row.update({k: None for k, x in row.items() if isinstance(x, float) and not np.isfinite(x)})
+        tolerance = {**self.tolerance._asdict(), "near_tie": self.tolerance.near_tie}
+        return {**values, "tolerance": tolerance, "angles": angles, "passed": self.passed}
 
 
 class Account:
@@ -75,12 +105,9 @@ class Account:
         want, have = expected.astype(np.float64), logits.astype(np.float64)
         error = float(np.abs(have - want).max()) if np.isfinite(have).all() else float("inf")
         best, chosen = int(want.argmax()), int(have.argmax())
-        near = best != chosen and want[best] - want[chosen] <= self.allowed.near_tie * self.spread
-        same = best == chosen or near
         result.positions += 1
         result.max_abs_error = max(result.max_abs_error, error)
-        result.near_ties += near
-        self.agreed += same
+        self._choose(where, best == chosen, float(want[best] - want[chosen]), best, chosen)
         log_p, log_q = _log_softmax(want), _log_softmax(have)
         self.divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
         if result.first_difference is None and error > self.allowed.error * self.spread:
@@ -88,12 +115,22 @@ class Account:
 
     def add_choice(self, where: str, same: bool, difference: float) -> None:
         """Of choices of the two sides, and by how much the scores of what they chose differ."""
-        near = not same and difference <= self.allowed.near_tie
         self.result.positions += 1
-        self.result.near_ties += near
-        self.agreed += same or near
-        if not (same or near) and self.result.first_difference is None:
+        self._choose(where, same, difference)
+        if self.result.disagreements and self.result.first_difference is None:
             self.result.first_difference = where
+
+    def _choose(
+        self, where: str, same: bool, gap: float, expected: int | None = None, chosen: int | None = None
+    ) -> None:
+        result, relative = self.result, gap / self.spread
+        if same or relative <= self.allowed.near_tie:
+            result.near_ties += not same
+            self.agreed += 1
+            return
+        result.disagreements += 1
+        if result.first_disagreement is None:
+            result.first_disagreement = Disagreement(where, expected, chosen, relative)
 
     def add_values(self, where: str, expected: Array, values: Array) -> None:
         """Of numbers that are no logits: their error alone counts."""
@@ -109,7 +146,7 @@ class Account:
         result.relative_error = result.max_abs_error / self.spread
         result.kl = self.divergence / result.positions
         result.top1_agreement = self.agreed / result.positions
-        result.passed = result.relative_error <= self.allowed.error and result.top1_agreement >= self.allowed.top1
+        result.passed = result.relative_error <= self.allowed.error and not result.disagreements
         return result
 
 

@@ -59,9 +59,9 @@ class Requests:
         """Token ids ``[B, T]`` to logits over the row's source."""
         return lambda ids: self.reference.decode(self.hidden[row], ids)
 
-    def compare(self, mode: str, allowed: Tolerance) -> ModeResult:
-        """One of MODES."""
-        return {ENCODER: self.compare_encoder, BEAMS: self.compare_beams}[mode](allowed)
+    def compare(self, mode: str, allowed: Tolerance, spread: float) -> ModeResult:
+        """One of MODES. spread: of the reference's logits."""
+        return self.compare_encoder(allowed) if mode == ENCODER else self.compare_beams(allowed, spread)
 
     def padded(self, rows: Sequence[int]) -> tuple[Array, Array, Array]:
         """Sources of some rows, padded on the right: ids and mask int64 ``[B, S]``, and what the reference's encoder
@@ -93,9 +93,10 @@ class Requests:
                 account.add_values(f"source {b}, padded on the {side}", self.hidden[b], hidden[b, at])
         return account.finish()
 
-    def compare_beams(self, allowed: Tolerance) -> ModeResult:
-        """Beam search on each source: the same tokens as transformers', or another hypothesis of nearly its score."""
-        account = Account(BEAMS, 1.0, allowed)
+    def compare_beams(self, allowed: Tolerance, spread: float) -> ModeResult:
+        """Beam search on each source: the same tokens as transformers', or another hypothesis of nearly its score: a
+        score is a mean of logarithms of probabilities, and each moves by at most twice what a logit does."""
+        account = Account(BEAMS, spread, allowed)
         start = check_start(self.decoder.bundle)
         ends = load_tokenizer(self.decoder.bundle.folder, self.decoder.bundle.manifest["tokenizer"]).eos_token_ids
         for b, source in enumerate(self.sources):

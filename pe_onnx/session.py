@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,23 +19,39 @@ with needs("running a bundle", "'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (neve
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
+LEVELS = {
+    "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+"""onnxruntime's optimisations of a graph, each with those before it."""
+
+RECORD_PLACEMENT = {"session.record_ep_graph_assignment_info": "1"}
+"""Session options with which ``Session.placement`` can tell."""
 
 MAX_THREADS = 1024
 """More is a slip: each takes a stack, and onnxruntime starts them all."""
 
 
 def resolve_provider(name: str) -> str:
-    """``cpu``, ``cuda`` or ``auto`` (CUDA where it can be had) to onnxruntime's name.
+    """``cpu``, ``cuda``, ``auto`` (CUDA where it can be had) or a provider's own name, to onnxruntime's name.
 
-    Raises ConfigError for another name and ProviderError, which says what is missing, where CUDA cannot be had: there
-    is no silent fall-back.
+    Raises ConfigError for another name and ProviderError, which says what is missing, where the provider cannot be
+    had: there is no silent fall-back.
     """
+    name = {full: short for short, full in PROVIDERS.items()}.get(name, name)
+    if name.endswith("ExecutionProvider"):
+        if name not in (built := onnxruntime.get_available_providers()):
+            hint = did_you_mean(name, built)
+            raise ProviderError(f"provider {name!r} cannot be had{hint}: this onnxruntime has {', '.join(built)}")
+        return name
     if name not in (*PROVIDERS, "auto"):
         hint = did_you_mean(name, [*PROVIDERS, "auto"])
-        raise ConfigError(f"provider = {name!r} must be one of cpu, cuda, auto{hint}")
+        raise ConfigError(f"provider = {name!r} must be one of cpu, cuda, auto or onnxruntime's own names{hint}")
     missing = None if name == "cpu" else _missing_for_cuda()
     if name == "cuda" and missing:
-        raise ProviderError(f"provider 'cuda' cannot be had: {missing}")
+        raise ProviderError(f"provider {name!r} cannot be had: {missing}")
     return PROVIDERS["cpu" if missing or name == "cpu" else "cuda"]
 
 
@@ -51,12 +67,24 @@ def _missing_for_cuda() -> str | None:
     return None
 
 
+class PlacedNode(NamedTuple):
+    """A node of the graph as onnxruntime runs it, functions inlined, and the provider that runs it."""
+
+    name: str
+    operator: str
+    """With its domain: ``ai.onnx::MatMul``."""
+    provider: str
+    """``cpu``, ``cuda`` or onnxruntime's own name."""
+
+
 class Session:
     """An onnxruntime session of one of a bundle's graphs.
 
-    provider: ``cpu``, ``cuda`` or ``auto``. threads: of one operator, 0 for one a physical core. graph: its file, by
-    default the decoder.
-    Raises ProviderError where the provider cannot be had, BundleError where onnxruntime refuses the model.
+    provider: ``cpu``, ``cuda``, ``auto`` or onnxruntime's own name; the CPU runs what another has no kernel for.
+    threads: of one operator, 0 for one a physical core. options: onnxruntime's session configuration. optimize: False,
+    or one of LEVELS; True is ``all``. graph: its file, by default the decoder.
+    Raises ProviderError where the provider cannot be had, ConfigError for threads or a level that are none, BundleError
+    where onnxruntime refuses the model.
     """
 
     def __init__(
@@ -65,24 +93,26 @@ class Session:
         provider: str = "cpu",
         threads: int = 0,
         options: Mapping[str, str] | None = None,
-        optimize: bool = True,
+        optimize: bool | str = True,
         graph: str | None = None,
     ) -> None:
         wanted = resolve_provider(provider)
         if not 0 <= threads <= MAX_THREADS:
             raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 is one for each core")
+        level = optimize if isinstance(optimize, str) else "all" if optimize else "off"
+        if level not in LEVELS:
+            raise ConfigError(f"optimize = {level!r} must be one of {', '.join(LEVELS)}{did_you_mean(level, LEVELS)}")
         session_options = onnxruntime.SessionOptions()
         session_options.log_severity_level = 4  # a refused run is an error of ours, in one line
         session_options.intra_op_num_threads = threads
-        if not optimize:
-            session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session_options.graph_optimization_level = LEVELS[level]
         for key, value in (options or {}).items():
             session_options.add_session_config_entry(key, value)
         self.bundle = bundle
         self.model = bundle.folder / (graph or bundle.model.name)
         self.inputs, self.outputs = bundle.graphs[self.model.name]
         self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
-        providers = [wanted] if self.device == "cpu" else [wanted, PROVIDERS["cpu"]]
+        providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
         try:
             self.inference = onnxruntime.InferenceSession(str(self.model), session_options, providers=providers)
         except Exception as error:
@@ -109,6 +139,15 @@ class Session:
                         f"{self.model}: {value.name} is {value.type} {value.shape}, its manifest says "
                         f"{list(wanted[value.name])}, {self.bundle.cache_dtype}"
                     )
+
+    def placement(self) -> list[PlacedNode]:
+        """Which provider runs each node, in a session that was opened with RECORD_PLACEMENT among its options."""
+        short = {full: name for name, full in PROVIDERS.items()}
+        return [
+            PlacedNode(node.name, f"{node.domain or 'ai.onnx'}::{node.op_type}", short.get(part.ep_name, part.ep_name))
+            for part in self.inference.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        ]
 
     def array(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Zeros on the session's device, at an address that never changes."""

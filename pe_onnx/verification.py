@@ -14,7 +14,7 @@ from pe_onnx.models.attention import LayerCache
 from pe_onnx.models.proof import Feed, Proof
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 from pe_onnx.session import Session
-from pe_onnx.tolerance import PROOF, TOLERANCES
+from pe_onnx.tolerance import PROOF, tolerance_for
 
 
 def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
@@ -42,11 +42,11 @@ def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
             return _cached(decoder, feed.input_ids, feed.attention_mask, feed.position_ids, past)
 
         error = proof.error(run, *options)
-    allowed = PROOF * TOLERANCES[bundle.manifest["dtype"]].error
+    allowed = PROOF * tolerance_for(bundle.manifest["dtype"], bundle.depth).error
     if not error <= allowed:
         raise ExportError(
             f"the exported graph does not compute what PyTorch computes: on {proof.description} its logits are off by "
-            f"{error:.1e} of their spread, {bundle.manifest['dtype']} allows {allowed:.0e}; nothing was written"
+            f"{error:.1e} of their spread, {bundle.manifest['dtype']} allows {allowed:.1e}; nothing was written"
         )
     return {"verified": True, "on": proof.description, "relative_error": float(f"{error:.2e}"), "allowed": allowed}
 

@@ -153,6 +153,7 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
         },
         "model": {
             "caches": [list(cache) for cache in e.caches],
+            "layers": e.layers or len(e.caches),
             "vocab_size": e.vocab_size,
             "score_heads": max((_score_heads(node) for graph in graphs for node in graph), default=0),
             "trained_length": e.trained_length,

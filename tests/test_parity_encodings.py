@@ -68,6 +68,9 @@ def test_every_mode_agrees_with_pytorch(bundles: Bundles, name: str, target: str
     assert report.relative_error < 2e-5
     greedy = report.modes[-1]
     assert (greedy.positions, greedy.top1_agreement) == (4 * 64, 1.0)
+    assert bool(report.angles) == (name.startswith("rope") or name == "xpos")
+    assert max((error.max_ulps for error in report.angles), default=0) < 1.6, report.angles
+    assert {i for error in report.angles for i in error.layers} <= {0, 1}
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODINGS if not name.startswith("learned")])

@@ -17,7 +17,7 @@ provider_option = click.option(
     default="cpu",
     metavar="cpu|cuda|auto",
     show_default=True,
-    help="Execution provider; auto takes CUDA where it can be had.",
+    help="Execution provider; auto takes CUDA where it can be had. Or onnxruntime's own name of one.",
 )
 threads_option = click.option("--threads", default=0, metavar="N", help="Threads of one operator; 0 for one a core.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout in place of a table.")
