@@ -30,6 +30,8 @@ class ModeResult:
     first_difference: str | None = None
     """The first row and position over the tolerance."""
     passed: bool = True
+    seconds: float = 0.0
+    """Wall time, a path-dependent reference's included."""
 
 
 @dataclass

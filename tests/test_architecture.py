@@ -33,7 +33,12 @@ LAYERS = [
     ("reference", "parity_modes", "parity_report"),
     ("seq2seq_parity",),
     ("parity", "bench"),
-    ("cli",),
+    ("latency", "regression", "session_matrix", "bisection"),
+    ("named_reference", "report_files", "check_report"),
+    ("suite", "check_junit", "check_markdown"),
+    ("check_parts",),
+    ("checking",),
+    ("cli", "pytest_plugin"),
 ]
 """The import order of design.md, section 2, lowest first; a module imports lower layers only, or its own package.
 

@@ -1,0 +1,100 @@
+"""A check as Markdown for a CI job's page: the verdict, a table, what failed folded up, and the tools' versions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pe_onnx.check_report import COLUMNS, BundleCheck, CheckReport, row, tool_versions
+
+LONGEST_DETAILS = 4000
+"""Characters of one finding's details: GitHub drops a summary of more than 1 MiB."""
+
+
+def to_markdown(report: CheckReport) -> str:
+    """GitHub's Markdown, a line break at its end."""
+    from pe_onnx import __version__
+
+    word, _, rest = report.verdict.partition(": ")
+    lines = [f"## pe-onnx check: {word}", "", text(rest), ""]
+    lines += [_line(COLUMNS), _line(["---", "---", *["---:"] * (len(COLUMNS) - 3), "---"])]
+    for check in report.checks:
+        cells = [text(cell) for cell in row(check)]
+        lines.append(_line([*cells[:-1], cells[-1] if check.passed else f"**{cells[-1]}**"]))
+    for check in report.checks:
+        lines += _failures(check)
+    if report.baseline_written:
+        lines += ["", f"Baseline written: {code(report.baseline_written)}"]
+    skipped = _skipped(report)
+    if skipped:
+        lines += ["", "<details><summary>Skipped</summary>", "", *skipped, "", "</details>"]
+    tools = ", ".join(f"{name} {version}" for name, version in tool_versions().items())
+    lines += ["", f"<sub>pe-onnx {__version__}, {text(tools)}; {report.started}, {report.seconds:.0f} s</sub>"]
+    return "\n".join(lines) + "\n"
+
+
+def _failures(check: BundleCheck) -> list[str]:
+    lines = []
+    for finding in check.failures:
+        lines += [
+            "",
+            f"<details><summary>{text(check.label)}, {text(finding.title)}</summary>",
+            "",
+            text(finding.message),
+            "",
+        ]
+        if finding.details:
+            lines += [*fence(finding.details[:LONGEST_DETAILS]), ""]
+        if finding.part == "parity" and check.parity is not None:
+            lines += [*_modes(check.parity["modes"]), ""]
+        if finding.next_step:
+            lines += ["Next:", "", *fence(finding.next_step), ""]
+        lines.append("</details>")
+    return lines
+
+
+def _modes(modes: list[dict[str, Any]]) -> list[str]:
+    """Parity's figures mode by mode."""
+    lines = [_line(["mode", "positions", "of spread", "top-1", "first over"]), _line(["---", *["---:"] * 3, "---"])]
+    for mode in modes:
+        error = mode["relative_error"]
+        figures = ["not finite" if error is None else f"{error:.1e}", f"{mode['top1_agreement']:.1%}"]
+        lines.append(
+            _line([text(mode["mode"]), str(mode["positions"]), *figures, text(mode["first_difference"] or "")])
+        )
+    return lines
+
+
+def _skipped(report: CheckReport) -> list[str]:
+    """One line for each reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for check in report.checks:
+        for finding in check.findings:
+            if finding.status == "skipped":
+                found.setdefault((finding.title, finding.message), []).append(check.label)
+    return [f"- {text(name)}: {text(why)} ({text(', '.join(labels))})" for (name, why), labels in found.items()]
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def text(value: str) -> str:
+    """Plain text in one line, whatever characters it holds."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_~|\[\]#])", r"\\\1", shown)
+
+
+def code(value: str) -> str:
+    """A span of code in one line."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
+    return f"``{shown}``" if "`" in shown else f"`{shown}`"
+
+
+def fence(value: str) -> list[str]:
+    """A block of code, fenced by more backticks than it holds in a row."""
+    longest = max((len(run) for run in re.findall(r"`+", value)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in value)
+    return [f"{ticks}text", *shown.split("\n"), ticks]

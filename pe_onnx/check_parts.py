@@ -1,0 +1,306 @@
+"""The parts of a check, each on one bundle and one provider: parity, sessions, latency, budgets, regression.
+
+A part adds its findings and its own report to a BundleCheck. What it needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pe_onnx.bundle import Bundle
+from pe_onnx.check_report import BundleCheck, Figure, Finding
+from pe_onnx.errors import MissingDependencyError, PeOnnxError
+from pe_onnx.suite import Budgets
+
+DEPTHS = (128, 1024)
+"""Tokens in the cache at which decode steps are timed."""
+PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle, and what is asked of it."""
+
+    bundle: Bundle
+    provider: str
+    threads: int
+    reference: Any
+    named: str | None
+    """The reference as a command line names it; None where the manifest does, or no word can."""
+    modes: tuple[str, ...] | None
+    tolerance: float | None
+    tokens: int
+    seed: int
+    budgets: Budgets
+
+    @property
+    def folder(self) -> Path:
+        return self.bundle.folder
+
+    def command(self, name: str, *options: str) -> str:
+        """``pe-onnx NAME DIR`` with what this check was told."""
+        words = ["pe-onnx", name, str(self.folder), *options]
+        if self.named is not None:
+            words += ["--reference", self.named]
+        if self.provider != "cpu":
+            words += ["--provider", self.provider]
+        return shlex.join(words)
+
+
+@contextmanager
+def caught(check: BundleCheck, part: str) -> Iterator[None]:
+    """What goes wrong within becomes an error of this bundle, so that the others are still checked.
+
+    A package that is missing is no matter of one bundle: MissingDependencyError passes.
+    """
+    begin = time.perf_counter()
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except PeOnnxError as error:
+        check.findings.append(Finding(part, part, "error", one_line(str(error)), seconds=time.perf_counter() - begin))
+    except Exception as error:
+        message = one_line(f"{type(error).__name__}: {error}")
+        check.findings.append(
+            Finding(
+                *(part, part, "error", message),
+                details=traceback.format_exc(),
+                seconds=time.perf_counter() - begin,
+            )
+        )
+
+
+def parity(check: BundleCheck, subject: Subject) -> None:
+    """Every mode against PyTorch; where one fails, where the two sides part first."""
+    from pe_onnx.parity import check_parity, modes_of
+
+    legal = modes_of(subject.bundle)
+    wanted = [mode for mode in subject.modes or legal if mode in legal]
+    for left_out in (mode for mode in subject.modes or () if mode not in legal):
+        why = f"not for this bundle, which takes {', '.join(legal)}"
+        check.findings.append(Finding("parity", left_out, "skipped", why))
+    if not wanted:
+        check.findings.append(Finding("parity", "parity", "error", "none of the modes asked for is for this bundle"))
+        return
+    report = check_parity(
+        subject.folder,
+        subject.reference,
+        tokens=subject.tokens,
+        modes=wanted,
+        provider=subject.provider,
+        tolerance=subject.tolerance,
+        seed=subject.seed,
+        threads=subject.threads,
+    )
+    check.parity = report.to_dict()
+    bad = [mode.mode for mode in report.modes if not mode.passed]
+    where = ""
+    if bad:
+        where, check.divergence = drill_down(
+            subject.folder,
+            subject.reference,
+            tokens=subject.tokens,
+            modes=bad,
+            provider=subject.provider,
+            threads=subject.threads,
+            tolerance=subject.tolerance,
+            seed=subject.seed,
+        )
+    for mode in report.modes:
+        figures: dict[str, Figure] = {
+            name: value
+            for name, value in vars(mode).items()
+            if isinstance(value, int | float | str) and name not in ("mode", "passed")
+        }
+        finding = Finding("parity", mode.mode, "passed" if mode.passed else "failed", figures=figures)
+        finding.seconds = float(figures.pop("seconds", 0.0) or 0.0)
+        finding.message = f"off by {mode.relative_error:.1e} of the logits' spread, {report.dtype} allows "
+        finding.message += f"{report.tolerance.error:.0e}"
+        if not mode.passed:
+            finding.message += f"; top-1 agreement {mode.top1_agreement:.4g}"
+            finding.message += f"; first at {mode.first_difference or 'no single token'}"
+            finding.next_step = subject.command("bisect", "--mode", mode.mode)
+            finding.details = where
+        check.findings.append(finding)
+
+
+def drill_down(folder: Path, reference: Any, **options: Any) -> tuple[str, dict[str, Any] | None]:
+    """One line that says where ONNX and PyTorch part, and Divergence.to_dict(). options: of ``bisect``.
+
+    Whatever goes wrong here is told in the line: parity has failed already, and its figures must not be lost.
+    """
+    try:
+        from pe_onnx.bisection import bisect
+
+        found = bisect(folder, reference, **options)
+    except Exception as error:
+        return one_line(f"no drill-down: {error}"), None
+    if found is None:
+        return "no drill-down: no intermediate value of the two sides differs", None
+    return one_line(found.text), {"text": found.text, **found.to_dict()}
+
+
+def sessions(check: BundleCheck, subject: Subject) -> None:
+    """The bundle against itself: optimisations off and on, one thread and several, CPU and another provider."""
+    from pe_onnx.session_matrix import compare_sessions
+
+    begin = time.perf_counter()
+    providers = ("cpu",) if subject.provider == "cpu" else ("cpu", subject.provider)
+    matrix = compare_sessions(subject.folder, providers, tolerance=subject.tolerance)
+    seconds = time.perf_counter() - begin
+    check.sessions = matrix.to_dict()
+    apart = [max((float(x) for x in row), default=0.0) for row in matrix.differences]
+    fell_back: dict[str, list[str]] = {}
+    for entry in matrix.fallbacks:
+        fell_back.setdefault(entry["session"], []).append(f"{entry['operator']} {entry['node']} on {entry['provider']}")
+    for i, name in enumerate(matrix.names):
+        worst = max(range(len(matrix.names)), key=lambda j, i=i: float(matrix.differences[i][j]))  # type: ignore[misc]
+        bad = not matrix.passed and apart[i] == max(apart)
+        message = f"differs by {apart[i]:.1e} of the logits' spread from {matrix.names[worst]}"
+        nodes = fell_back.get(name, [])
+        if nodes:
+            message += f"; {len(nodes)} nodes fell back: {nodes[0]}{' and others' if nodes[1:] else ''}"
+        finding = Finding("sessions", name, "failed" if bad else "passed", message, details="\n".join(nodes))
+        finding.figures = {"difference": apart[i], "fallbacks": len(nodes)}
+        finding.seconds = seconds / len(matrix.names)
+        if bad:
+            finding.next_step = subject.command("parity")
+        check.findings.append(finding)
+
+
+def depths_of(bundle: Bundle) -> tuple[int, ...]:
+    """Those of DEPTHS that the encoding can take, with room to go on; else half of what it can."""
+    limit = bundle.max_length
+    if limit is None:
+        return DEPTHS
+    return tuple(depth for depth in DEPTHS if depth + 64 <= limit) or (max(limit // 2, 1),)
+
+
+def latency(check: BundleCheck, subject: Subject, budget_s: float) -> None:
+    """Load, prefill and decode within ``budget_s`` seconds, and the budgets on them."""
+    from pe_onnx.latency import bench
+
+    begin = time.perf_counter()
+    depths = depths_of(subject.bundle)
+    report = bench(
+        subject.folder,
+        provider=subject.provider,
+        threads=subject.threads,
+        depths=depths,
+        prompt_tokens=min(PROMPT_TOKENS, depths[0]),
+        budget_s=budget_s,
+    )
+    check.latency = report.to_dict()
+    own = check.latency["contestants"][0]
+    figures: dict[str, Figure] = {
+        name: own.get(name)
+        for name in ("load_s", "prefill_tokens_per_s", "first_token_ms", "peak_memory_bytes", "cache_bytes")
+    }
+    steps = []
+    for depth in own["decode"]:
+        figures[f"decode_ms_at_{depth['depth_tokens']}"] = depth["median_ms"]
+        low, high = depth["interval_ms"]
+        steps.append(f"{depth['median_ms']:.3g} ms ({low:.3g} to {high:.3g}) at {depth['depth_tokens']} tokens")
+    finding = Finding("latency", "latency", "passed", f"decode {', '.join(steps)}", figures=figures)
+    finding.seconds = time.perf_counter() - begin
+    check.findings.append(finding)
+
+
+def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
+    """Each limit against its figure. why_not: the reason where latency was not measured."""
+    own = None if check.latency is None else check.latency["contestants"][0]
+    for name, limit in subject.budgets.given().items():
+        if name == "cache_bytes_per_token":
+            measured: list[_Measured] = [_exactly(float(subject.bundle.cache_bytes_per_token), "a token")]
+        else:
+            measured = [] if own is None else _MEASURED[name](own)
+        if not measured:
+            check.findings.append(Finding("budget", name, "skipped", why_not or "the bench gave no such figure"))
+            continue
+        minimum = name == "prefill_tokens_per_s"
+        worst = min(measured, key=lambda m: m.best) if minimum else max(measured, key=lambda m: m.best)
+        bad = worst.best < limit if minimum else worst.best > limit
+        message = f"{worst.value:.4g}{worst.where} {'is' if bad else 'keeps'} "
+        message += f"{'below' if minimum else 'over'} the budget of {limit:g}" if bad else f"the budget of {limit:g}"
+        finding = Finding("budget", name, "failed" if bad else "passed", message)
+        finding.figures = {"value": worst.value, "budget": limit}
+        finding.next_step = subject.command("bench", "--profile") if bad and own is not None else None
+        check.findings.append(finding)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    value: float
+    best: float
+    """What the figure may be at best, given how it scattered: a budget is broken where even this breaks it."""
+    where: str
+
+
+def _exactly(value: float, where: str = "") -> _Measured:
+    return _Measured(value, value, where and f" {where}")
+
+
+def _figure(name: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]], list[_Measured]]:
+    return lambda own: [] if own.get(name) is None else [_exactly(own[name] * scale)]
+
+
+_MEASURED: dict[str, Callable[[Mapping[str, Any]], list[_Measured]]] = {
+    "decode_ms": lambda own: [
+        _Measured(d["median_ms"], d["interval_ms"][0], f" at {d['depth_tokens']} tokens") for d in own["decode"]
+    ],
+    "first_token_ms": _figure("first_token_ms"),
+    "load_s": _figure("load_s"),
+    "peak_memory_mb": _figure("peak_memory_bytes", 1e-6),
+    "prefill_tokens_per_s": _figure("prefill_tokens_per_s"),
+}
+"""A budget's figures in a contestant of the bench."""
+
+
+def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regression: float, budget_s: float) -> None:
+    """Latency relative to a yardstick of this machine, against the same of the baseline."""
+    from pe_onnx.regression import compare
+
+    begin = time.perf_counter()
+    result = compare(
+        subject.folder,
+        baseline,
+        max_regression,
+        provider=subject.provider,
+        threads=subject.threads,
+        budget_s=budget_s,
+    )
+    check.regression = {
+        "text": result.text,
+        "change": float(result.change),
+        "max_regression": max_regression,
+        **result.to_dict(),
+    }
+    finding = Finding("regression", "regression", "passed" if result.passed else "failed", one_line(result.text))
+    finding.figures = {"change": float(result.change), "max_regression": max_regression}
+    finding.seconds = time.perf_counter() - begin
+    if not result.passed:
+        finding.next_step = subject.command("bench", "--profile")
+    check.findings.append(finding)
+
+
+def new_baseline(check: BundleCheck, subject: Subject, budget_s: float) -> Any:
+    """The bundle's latency relative to a yardstick, for later checks."""
+    from pe_onnx.regression import measure
+
+    begin = time.perf_counter()
+    measured = measure(subject.folder, provider=subject.provider, threads=subject.threads, budget_s=budget_s)
+    seconds = time.perf_counter() - begin
+    check.findings.append(Finding("regression", "baseline", "passed", "measured for the baseline", seconds=seconds))
+    return measured
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
