@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pe_onnx.check_report import COLUMNS, BundleCheck, CheckReport, row, tool_versions
+from pe_onnx.check_report import COLUMNS, BundleCheck, CheckReport, row, tolerance_rules, tool_versions
 
 LONGEST_DETAILS = 4000
 """Characters of one finding's details: GitHub drops a summary of more than 1 MiB."""
@@ -23,6 +23,7 @@ def to_markdown(report: CheckReport) -> str:
         lines.append(_line([*cells[:-1], cells[-1] if check.passed else f"**{cells[-1]}**"]))
     for check in report.checks:
         lines += _failures(check)
+    lines += [line for rule in tolerance_rules(report) for line in ("", f"Allowed: {text(rule)}")]
     if report.baseline_written:
         lines += ["", f"Baseline written: {code(report.baseline_written)}"]
     skipped = _skipped(report)

@@ -185,6 +185,12 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
+def tolerance_rules(report: CheckReport) -> list[str]:
+    """How each tolerance came about, each once."""
+    tolerances = [check.parity["tolerance"] for check in report.checks if check.parity is not None]
+    return list(dict.fromkeys(tolerance["rule"] for tolerance in tolerances if tolerance.get("rule")))
+
+
 COLUMNS = ("bundle", "provider", "parity", "top-1", "sessions", "decode, ms", "prefill, tok/s", "regression", "verdict")
 """Of the table, on the terminal and in Markdown."""
 
@@ -196,18 +202,22 @@ def row(check: BundleCheck) -> tuple[str, ...]:
         modes = check.parity["modes"]
         errors = [mode["relative_error"] for mode in modes]  # None is not finite
         worst = "not finite" if None in errors else f"{max(errors):.1e}"
-        parity = f"{worst} of {check.parity['tolerance']['error']:.0e}"
+        parity = f"{worst} of {check.parity['tolerance']['error']:.1e}"
         top1 = f"{100 * min(mode['top1_agreement'] for mode in modes):.4g}%"
     if check.sessions is not None:
         bad = sum(finding.bad for finding in check.of("sessions"))
         sessions = f"{bad} differ" if bad else f"{len(check.sessions['names'])} agree"
     if check.latency is not None:
         own = check.latency["contestants"][0]
-        decode = " / ".join(f"{depth['median_ms']:.3g}" for depth in own["decode"]) or "-"
-        prefill = "-" if own["prefill_tokens_per_s"] is None else f"{own['prefill_tokens_per_s']:,.0f}"
+        decode = " / ".join(_number(depth["median_ms"], ".3g") for depth in own["decode"]) or "-"
+        prefill = _number(own["prefill_tokens_per_s"], ",.0f")
     if check.regression is not None:
-        regression = f"{check.regression['change']:+.1%}"
+        regression = _number(check.regression["change"], "+.1%")
     if any(finding.status == "error" for finding in check.of("parity")):
         parity = "error"
     verdict = "pass" if check.passed else "FAIL"
     return (check.bundle, check.provider, parity, top1, sessions, decode, prefill, regression, verdict)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -7,7 +7,6 @@ given sources: its encoder's output is compared too, and beam search with transf
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +40,6 @@ DEFAULT_TOKENS = 160
 GREEDY_TOKENS = 64
 GREEDY = "greedy"
 """The mode that makes its own tokens."""
-ALL_MODES = (seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS)
-"""Of which a bundle takes those that its target and kind allow."""
 
 
 class _Caches:
@@ -106,7 +103,7 @@ def check_parity(
             raise InputError(f"token ids {row.min()}..{row.max()} must be in 0..{bundle.shape['vocab_size'] - 1}")
     if not arrays:
         raise InputError("parity needs at least one row of tokens")
-    wanted = list(modes or modes_of(bundle))
+    wanted = list(modes or _modes(bundle))
     known = [*(seq2seq_parity.MODES if crossed else ()), *MODES, GREEDY]
     for mode in wanted:
         if mode not in known:
@@ -126,14 +123,12 @@ def check_parity(
     open_cache = _Caches(session, requests)
     report = ParityReport(str(folder), name, bundle.manifest["dtype"], allowed, expected.spread)
     for mode in wanted:
-        begin = time.perf_counter()
         if mode == GREEDY:
             report.modes.append(_greedy(open_cache, arrays, expected, allowed))
         elif mode in MODES:
             report.modes.append(_compare(mode, MODES[mode](open_cache, arrays), expected, allowed))
         elif requests is not None:
             report.modes.append(requests.compare(mode, allowed))
-        report.modes[-1].seconds = time.perf_counter() - begin
     return report
 
 
@@ -197,9 +192,11 @@ def _greedy(open_cache: Opener, rows: list[Array], expected: _Expected, allowed:
     return account.finish()
 
 
-def modes_of(bundle: Bundle) -> list[str]:
-    """The modes that a bundle's target and kind allow."""
-    names = [m for m in ALL_MODES if bundle.crossing is not None or m not in seq2seq_parity.MODES]
+def _modes(bundle: Bundle) -> list[str]:
+    """The modes that a target allows."""
+    names = (
+        (*MODES, GREEDY) if bundle.crossing is None else (seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS)
+    )
     return [m for m in names if bundle.target == "portable" or not m.endswith("_padding")]
 
 

@@ -218,7 +218,7 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from pe_onnx.check_report import COLUMNS, row
+    from pe_onnx.check_report import COLUMNS, row, tolerance_rules
 
     console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -239,6 +239,8 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
                 console.print(f"  next: {escape(finding.next_step)}")
     for why, labels in _skipped(report).items():
         console.print(f"[dim]skipped: {escape(why)} ({escape(labels)})[/]")
+    for rule in tolerance_rules(report):
+        console.print(f"[dim]allowed: {escape(rule)}[/]")
     if report.baseline_written:
         console.print(f"baseline written: {escape(report.baseline_written)}")
     word, colon, rest = report.verdict.partition(":")
