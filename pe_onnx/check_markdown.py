@@ -25,7 +25,7 @@ def to_markdown(report: CheckReport) -> str:
         lines += _failures(check)
     lines += [line for rule in tolerance_rules(report) for line in ("", f"Allowed: {text(rule)}")]
     if report.baseline_written:
-        lines += ["", f"Baseline written: {code(report.baseline_written)}"]
+        lines += ["", f"Baseline written: {text(report.baseline_written)}"]
     skipped = _skipped(report)
     if skipped:
         lines += ["", "<details><summary>Skipped</summary>", "", *skipped, "", "</details>"]
@@ -82,20 +82,17 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 def text(value: str) -> str:
     """Plain text in one line, whatever characters it holds."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = _shown(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_~|\[\]#])", r"\\\1", shown)
-
-
-def code(value: str) -> str:
-    """A span of code in one line."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
-    return f"``{shown}``" if "`" in shown else f"`{shown}`"
 
 
 def fence(value: str) -> list[str]:
     """A block of code, fenced by more backticks than it holds in a row."""
     longest = max((len(run) for run in re.findall(r"`+", value)), default=0)
     ticks = "`" * max(3, longest + 1)
-    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in value)
-    return [f"{ticks}text", *shown.split("\n"), ticks]
+    return [f"{ticks}text", *map(_shown, value.split("\n")), ticks]
+
+
+def _shown(line: str) -> str:
+    """With an escape such as ``\\x1b`` in place of what cannot be shown."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)

@@ -118,15 +118,16 @@ def find_suite(folder: Path) -> Path | None:
     if (folder / SUITE).is_file():
         return folder / SUITE
     project = folder / PYPROJECT
-    return project if project.is_file() and "pe-onnx" in _tables(project).get("tool", {}) else None
+    return project if project.is_file() and _inside(_tables(project), "tool", "pe-onnx") else None
 
 
 def read_suite(file: str | Path) -> Suite:
     """Read and check a suite file. Raises ConfigError that names the file, the key and what it takes."""
     file = Path(file)
-    tables, prefix = _tables(file), ""
+    tables: Mapping[str, Any] = _tables(file)
+    prefix = ""
     if file.name == PYPROJECT:
-        tables, prefix = tables.get("tool", {}).get("pe-onnx", {}), "tool.pe-onnx."
+        tables, prefix = _inside(tables, "tool", "pe-onnx"), "tool.pe-onnx."
     _only_known(tables, ("check",), f"{file}, [{prefix.rstrip('.')}]" if prefix else str(file))
     if "check" not in tables:
         raise ConfigError(f"{file} has no table [{prefix}check]; it holds the bundles to check")
@@ -168,6 +169,14 @@ def _tables(file: Path) -> dict[str, Any]:
         raise ConfigError(f"suite {file} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"suite {file} is no valid TOML: {error}") from None
+
+
+def _inside(tables: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """The table at a path; an empty one where there is none."""
+    for key in path:
+        inner = tables.get(key)
+        tables = inner if isinstance(inner, Mapping) else {}
+    return tables
 
 
 def _only_known(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
