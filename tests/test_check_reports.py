@@ -16,7 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from pe_onnx.check_junit import legal, to_junit
-from pe_onnx.check_markdown import code, fence, text, to_markdown
+from pe_onnx.check_markdown import fence, text, to_markdown
 from pe_onnx.check_report import COLUMNS, SCHEMA, BundleCheck, CheckReport, Finding
 
 NASTY = "a|b <script>&\x1b[31m\x00 `x` ``y`` *z* _w_ [l](u) #1 ]]> \ud800 \x85 \u2028 é\n| second | line |"
@@ -233,7 +233,7 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
     assert "\x00" not in markdown
     assert "x" * 3000 in markdown
     assert "x" * 5000 not in markdown, "GitHub drops a page that is too long"
-    assert "Baseline written: `baseline.json`" in markdown
+    assert "Baseline written: baseline.json" in markdown
     assert "Allowed: fp32, 2 layers: 5e-5" in markdown
     for tool in ("pe-onnx", "onnxruntime", "torch"):
         assert re.search(rf"{tool} \d+\.\d+", lines[-2])
@@ -250,13 +250,10 @@ def test_markdown_of_a_pass_folds_nothing() -> None:
 @pytest.mark.parametrize("value", ["plain", NASTY, "```", "a`b", "````x````\n``", ""])
 def test_code_stays_code(value: str) -> None:
     """Nothing within it ends it, and no character of it is lost but those that cannot be shown."""
-    parser = MarkdownIt("commonmark")
-    (token, *others) = parser.parse("\n".join(fence(value)))
+    (token, *others) = MarkdownIt("commonmark").parse("\n".join(fence(value)))
     assert others == []
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
     assert token.content == f"{shown}\n"
-    inline = parser.parse(f"a {code(value)} b")[1].children if value else []
-    assert [child.type for child in inline or []] in ([], ["text", "code_inline", "text"])
 
 
 @pytest.mark.parametrize(
@@ -274,8 +271,7 @@ def test_text_stays_text(value: str) -> None:
 def test_the_verdict_names_what_failed_and_is_one_line() -> None:
     verdict = report().verdict
     assert verdict.startswith("FAIL: 2 of 3: ")
-    assert "(parity: whole, steps; latency; budget: load_s)" in verdict or "parity: whole, steps" in verdict
-    assert verdict.endswith("nothing@cpu (bundle)")
+    assert "@cuda (parity whole, parity steps, latency, budget load_s); nothing@cpu (bundle)" in verdict
     many = report()
     many.checks = [many.checks[2]] * 12
     assert many.verdict.endswith("and 7 more")
