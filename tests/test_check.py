@@ -15,7 +15,8 @@ from pe_onnx.check_report import CheckReport
 from pe_onnx.errors import BundleError, CheckpointError, ConfigError, MissingDependencyError
 from pe_onnx.suite import Budgets, Entry
 
-SHORT = {"tokens": 12, "modes": ["steps"]}
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = {"tokens": 12, "modes": ["steps"], "threads": 1}
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from pe_onnx import cli
 from pe_onnx.check_report import SCHEMA
 
 Check = Callable[..., Result]
-SHORT = ("--length", 12, "--modes", "steps")
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = ("--length", 12, "--modes", "steps", "--threads", 1)
 
 
 @pytest.fixture
