@@ -93,6 +93,16 @@ class BundleCheck:
     def passed(self) -> bool:
         return bool(self.findings) and not self.failures
 
+    @property
+    def explained(self) -> list[tuple[str, Finding]]:
+        """What to tell of the failures, each with a heading: all modes of parity that failed are one matter."""
+        modes = [finding for finding in self.of("parity") if finding.status == "failed"]
+        others = [finding for finding in self.failures if finding not in modes]
+        told = [(finding.title, finding) for finding in others]
+        if modes:
+            told.insert(0, (f"parity: {', '.join(mode.name for mode in modes)}", modes[0]))
+        return told
+
     def of(self, part: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.part == part]
 
@@ -118,7 +128,7 @@ class CheckReport:
         """One line."""
         bad = [check for check in self.checks if not check.passed]
         if bad or not self.checks:
-            what = "; ".join(f"{check.label} ({', '.join(_parts(check))})" for check in bad[:5])
+            what = "; ".join(f"{check.label}: {_parts(check)}" for check in bad[:5])
             more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
             return f"FAIL: {len(bad)} of {len(self.checks)}: {what}{more}"
         statuses = [finding.status for check in self.checks for finding in check.findings]
@@ -131,7 +141,7 @@ class CheckReport:
         """For JSON, as check.schema.json describes it; a figure that is not finite is None."""
         from pe_onnx import __version__
 
-        return finite(
+        return plain(
             {
                 "format": FORMAT,
                 "version": __version__,
@@ -157,19 +167,25 @@ def _check_dict(check: BundleCheck) -> dict[str, Any]:
     return {**vars(check), "passed": check.passed, "findings": findings}
 
 
-def _parts(check: BundleCheck) -> list[str]:
-    """What failed: ``parity steps`` and ``regression``; the first five."""
-    names = [finding.title.replace(": ", " ", 1) for finding in check.failures]
-    return names[:5] + ["..."] * (len(names) > 5)
+def _parts(check: BundleCheck) -> str:
+    """What failed: ``parity (whole, steps), latency``."""
+    found: dict[str, list[str]] = {}
+    for finding in check.failures:
+        found.setdefault(finding.part, []).append(finding.name)
+    return ", ".join(part if names == [part] else f"{part} ({', '.join(names)})" for part, names in found.items())
 
 
-def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite, which JSON cannot hold."""
+def plain(value: Any) -> Any:
+    """What JSON takes: None for numbers that are not finite, Python's numbers for numpy's, lists for tuples."""
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def tool_versions() -> dict[str, str]:

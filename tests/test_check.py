@@ -66,7 +66,7 @@ def test_a_broken_twin_fails_and_is_drilled_into(rope: Path, broken: Path, parts
     report = pe_onnx.check([rope, broken, rope], **SHORT)
     assert [check.passed for check in report.checks] == [True, False, True]
     assert not report.passed
-    assert report.verdict == f"FAIL: 1 of 3: {broken}@cpu (parity steps)"
+    assert report.verdict == f"FAIL: 1 of 3: {broken}@cpu: parity (steps)"
     (finding,) = report.checks[1].failures
     assert finding.details == WHERE
     assert "row 0, position" in finding.message

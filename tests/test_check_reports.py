@@ -79,7 +79,11 @@ def report() -> CheckReport:
     ]
     bad = BundleCheck(f"bundles/{NASTY}", NASTY, "cuda", "alibi", "ort", "fp16", 1.0)
     bad.parity = parity(mode("whole", None, False), mode("steps", 0.25, False))
-    bad.divergence = {"text": NASTY, "layer": "layers.3"}
+    bad.divergence = {
+        "text": NASTY,
+        "row": np.int64(3),
+        "inputs": ({"mean": np.float32(0.5), "std": np.float64("inf")},),
+    }
     bad.findings = [
         Finding("parity", "whole", "failed", NASTY, f"pe-onnx bisect '{NASTY}'", NASTY, 0.5, {"kl": math.nan}),
         Finding("parity", "steps", "failed", "off by 0.25"),
@@ -117,6 +121,7 @@ def test_json_follows_the_schema() -> None:
     assert [check["passed"] for check in document["checks"]] == [True, False, False]
     assert document["checks"][1]["findings"][0]["figures"] == {"kl": None}
     assert document["checks"][1]["findings"][0]["message"] == NASTY
+    assert document["checks"][1]["divergence"] == {"text": NASTY, "row": 3, "inputs": [{"mean": 0.5, "std": None}]}
     VALIDATOR.validate(CheckReport("2026-11-26T07:52:33+00:00", report().options).to_dict())
 
 
@@ -228,7 +233,7 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
     assert "<script>" not in rendered
     assert "<em>" not in rendered
     assert "<a " not in rendered
-    assert rendered.count("<details>") == rendered.count("</details>") == 6
+    assert rendered.count("<details>") == rendered.count("</details>") == 5
     assert "\x1b" not in markdown
     assert "\x00" not in markdown
     assert "x" * 3000 in markdown
@@ -271,7 +276,7 @@ def test_text_stays_text(value: str) -> None:
 def test_the_verdict_names_what_failed_and_is_one_line() -> None:
     verdict = report().verdict
     assert verdict.startswith("FAIL: 2 of 3: ")
-    assert "@cuda (parity whole, parity steps, latency, budget load_s); nothing@cpu (bundle)" in verdict
+    assert "@cuda: parity (whole, steps), latency, budget (load_s); nothing@cpu: bundle" in verdict
     many = report()
     many.checks = [many.checks[2]] * 12
     assert many.verdict.endswith("and 7 more")

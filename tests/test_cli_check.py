@@ -107,7 +107,7 @@ def test_a_broken_bundle_among_good_ones(check: Check, tmp_path: Path) -> None:
         *("--json", "r.json", "--junit", "r.xml", "--markdown", "r.md"),
     )
     assert result.returncode == 1
-    last = "pe-onnx: check failed: 2 of 4: broken@cpu (parity steps); nothing@cpu (bundle)"
+    last = "pe-onnx: check failed: 2 of 4: broken@cpu: parity (steps); nothing@cpu: bundle"
     assert result.stderr.rstrip().split("\n")[-1] == last
     assert "broken@cpu, parity: steps: off by" in result.stdout
     assert f"\n  {WHERE}\n  next: pe-onnx bisect broken --mode steps\n" in result.stdout

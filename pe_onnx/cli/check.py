@@ -231,8 +231,8 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
         table.add_row(*cells, f"[{'green' if check.passed else 'bold red'}]{verdict}[/]")
     console.print(table)
     for check in report.checks:
-        for finding in check.failures:
-            console.print(f"\n[bold red]{escape(check.label)}, {escape(finding.title)}[/]: {escape(finding.message)}")
+        for title, finding in check.explained:
+            console.print(f"\n[bold red]{escape(check.label)}, {escape(title)}[/]: {escape(finding.message)}")
             if finding.part == "parity" and finding.details:
                 console.print(f"  {escape(finding.details)}")
             if finding.next_step:
