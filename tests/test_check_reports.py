@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import jsonschema
 import junitparser
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
