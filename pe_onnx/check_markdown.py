@@ -36,16 +36,13 @@ def to_markdown(report: CheckReport) -> str:
 
 def _failures(check: BundleCheck) -> list[str]:
     lines = []
-    for finding in check.failures:
-        lines += [
-            "",
-            f"<details><summary>{text(check.label)}, {text(finding.title)}</summary>",
-            "",
-            text(finding.message),
-            "",
-        ]
-        if finding.details:
+    for title, finding in check.explained:
+        heading = f"<details><summary>{text(check.label)}, {text(title)}</summary>"
+        lines += ["", heading, "", text(finding.message), ""]
+        if "\n" in finding.details:
             lines += [*fence(finding.details[:LONGEST_DETAILS]), ""]
+        elif finding.details:
+            lines += [f"**{text(finding.details[:LONGEST_DETAILS])}**", ""]
         if finding.part == "parity" and check.parity is not None:
             lines += [*_modes(check.parity["modes"]), ""]
         if finding.next_step:
