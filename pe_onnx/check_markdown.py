@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pe_onnx.check_report import COLUMNS, BundleCheck, CheckReport, row, tolerance_rules, tool_versions
+from pe_onnx.check_report import COLUMNS, BundleCheck, CheckReport, printable, row, tolerance_rules, tool_versions
 
 LONGEST_DETAILS = 4000
 """Characters of one finding's details: GitHub drops a summary of more than 1 MiB."""
@@ -79,7 +79,7 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 def text(value: str) -> str:
     """Plain text in one line, whatever characters it holds."""
-    shown = _shown(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = printable(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_~|\[\]#])", r"\\\1", shown)
 
 
@@ -87,9 +87,4 @@ def fence(value: str) -> list[str]:
     """A block of code, fenced by more backticks than it holds in a row."""
     longest = max((len(run) for run in re.findall(r"`+", value)), default=0)
     ticks = "`" * max(3, longest + 1)
-    return [f"{ticks}text", *map(_shown, value.split("\n")), ticks]
-
-
-def _shown(line: str) -> str:
-    """With an escape such as ``\\x1b`` in place of what cannot be shown."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    return [f"{ticks}text", *map(printable, value.split("\n")), ticks]

@@ -130,7 +130,7 @@ class CheckReport:
         if bad or not self.checks:
             what = "; ".join(f"{check.label}: {_parts(check)}" for check in bad[:5])
             more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-            return f"FAIL: {len(bad)} of {len(self.checks)}: {what}{more}"
+            return printable(f"FAIL: {len(bad)} of {len(self.checks)}: {what}{more}")
         statuses = [finding.status for check in self.checks for finding in check.findings]
         skipped = f", {statuses.count('skipped')} skipped" if "skipped" in statuses else ""
         count = len({check.bundle for check in self.checks})
@@ -188,6 +188,11 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
+def printable(line: str) -> str:
+    """With an escape such as ``\\x1b`` in place of what cannot be shown: a folder's name may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
 def tool_versions() -> dict[str, str]:
     """Of the installed packages that a figure depends on, found without importing them."""
     found = {}
@@ -205,8 +210,9 @@ def tolerance_rules(report: CheckReport) -> list[str]:
     return list(dict.fromkeys(tolerance["rule"] for tolerance in tolerances if tolerance.get("rule")))
 
 
-COLUMNS = ("bundle", "provider", "parity", "top-1", "sessions", "decode, ms", "prefill, tok/s", "regression", "verdict")
-"""Of the table, on the terminal and in Markdown."""
+COLUMNS = ("bundle", "provider", "parity", "top-1", "sessions", "decode, ms", "prefill, tok/s", "change", "verdict")
+"""Of the table, on the terminal and in Markdown. Parity is the worst error and what is allowed, change that of the
+latency since the baseline."""
 
 
 def row(check: BundleCheck) -> tuple[str, ...]:
@@ -216,14 +222,14 @@ def row(check: BundleCheck) -> tuple[str, ...]:
         modes = check.parity["modes"]
         errors = [mode["relative_error"] for mode in modes]  # None is not finite
         worst = "not finite" if None in errors else f"{max(errors):.1e}"
-        parity = f"{worst} of {check.parity['tolerance']['error']:.1e}"
+        parity = f"{worst}/{check.parity['tolerance']['error']:.1e}"
         top1 = f"{100 * min(mode['top1_agreement'] for mode in modes):.4g}%"
     if check.sessions is not None:
         bad = sum(finding.bad for finding in check.of("sessions"))
         sessions = f"{bad} differ" if bad else f"{len(check.sessions['names'])} agree"
     if check.latency is not None:
         own = check.latency["contestants"][0]
-        decode = " / ".join(_number(depth["median_ms"], ".3g") for depth in own["decode"]) or "-"
+        decode = "/".join(_number(depth["median_ms"], ".3g") for depth in own["decode"]) or "-"
         prefill = _number(own["prefill_tokens_per_s"], ",.0f")
     if check.regression is not None:
         regression = _number(check.regression["change"], "+.1%")

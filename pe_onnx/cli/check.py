@@ -195,7 +195,7 @@ def _write(report: CheckReport, files: dict[str, Path | None]) -> list[str]:
             continue
         text = forms[option]()
         if path == STDOUT:
-            click.echo(text, nl=False)
+            click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
             continue
         try:
             write_report(path, text)
@@ -208,8 +208,10 @@ def _say(check: BundleCheck) -> None:
     """A line as each bundle is done, where no bar is shown."""
     from rich.console import Console
 
+    from pe_onnx.check_report import printable
+
     if not Console(stderr=True).is_terminal:
-        click.echo(f"{check.label}: {'pass' if check.passed else 'FAIL'}, {check.seconds:.1f} s", err=True)
+        click.echo(f"{printable(check.label)}: {'pass' if check.passed else 'FAIL'}, {check.seconds:.1f} s", err=True)
 
 
 def _print(report: CheckReport, to_stderr: bool) -> None:
@@ -218,33 +220,48 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from pe_onnx.check_report import COLUMNS, row, tolerance_rules
+    from pe_onnx.check_report import COLUMNS, printable, row, tolerance_rules
 
     console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 240  # a log has no edge, and names are copied from it
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i < 2 or name == "verdict" else "right", overflow="fold")
-    for check in report.checks:
-        *cells, verdict = map(escape, row(check))
-        table.add_row(*cells, f"[{'green' if check.passed else 'bold red'}]{verdict}[/]")
+
+    def say(line: str) -> None:
+        console.print(printable(line))
+
+    rows = [row(check) for check in report.checks]
+    shown = [i for i in range(len(COLUMNS)) if any(cells[i] != "-" for cells in rows)]
+    if len({check.provider for check in report.checks}) == 1:
+        shown.remove(COLUMNS.index("provider"))
+    table = Table(box=None, padding=(0, 2 if console.width > 100 else 1, 0, 0), header_style="dim")
+    for i in shown:
+        table.add_column(
+            COLUMNS[i],
+            justify="left" if COLUMNS[i] in ("bundle", "provider", "verdict") else "right",
+            overflow="fold",
+            min_width=min(12 if i == 0 else 99, max(len(cells[i]) for cells in rows)),
+        )
+    for check, cells in zip(report.checks, rows, strict=True):
+        *figures, verdict = (escape(printable(cells[i])) for i in shown)
+        table.add_row(*figures, f"[{'green' if check.passed else 'bold red'}]{verdict}[/]")
     console.print(table)
     for check in report.checks:
         for title, finding in check.explained:
-            console.print(f"\n[bold red]{escape(check.label)}, {escape(title)}[/]: {escape(finding.message)}")
+            console.print()
+            say(f"[bold red]{escape(check.label)}, {escape(title)}[/]: {escape(finding.message)}")
             if finding.part == "parity" and finding.details:
-                console.print(f"  {escape(finding.details)}")
+                say(f"  {escape(finding.details)}")
             if finding.next_step:
-                console.print(f"  next: {escape(finding.next_step)}")
+                say(f"  next: {escape(finding.next_step)}")
     for why, labels in _skipped(report).items():
-        console.print(f"[dim]skipped: {escape(why)} ({escape(labels)})[/]")
+        say(f"[dim]skipped: {escape(why)} ({escape(labels)})[/]")
     for rule in tolerance_rules(report):
-        console.print(f"[dim]allowed: {escape(rule)}[/]")
+        say(f"[dim]allowed: {escape(rule)}[/]")
     if report.baseline_written:
-        console.print(f"baseline written: {escape(report.baseline_written)}")
+        say(f"baseline written: {escape(report.baseline_written)}")
     word, colon, rest = report.verdict.partition(":")
-    console.print(f"\n[{'green' if report.passed else 'bold red'}]{word}[/]{colon}{escape(rest)}")
+    console.print()
+    say(f"[{'green' if report.passed else 'bold red'}]{word}[/]{colon}{escape(rest)}")
 
 
 def _skipped(report: CheckReport) -> dict[str, str]:
