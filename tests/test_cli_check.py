@@ -122,6 +122,7 @@ def test_json_on_standard_output_is_one_document(check: Check) -> None:
 def test_a_folder_of_any_name(check: Check, tmp_path: Path) -> None:
     """Bytes that are no text, characters that terminals and parsers act upon."""
     name = os.fsdecode(b"x\xff|\x1b[1m<&[bold]\n`")
+    (tmp_path / name).mkdir()
     result = check(name, *SHORT, "--json", "r.json", "--junit", "r.xml", "--markdown", "r.md")
     assert result.returncode == 1
     assert "x\\udcff|\\x1b[1m<&[bold]\\n`@cpu, bundle: " in result.stdout
