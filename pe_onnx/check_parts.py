@@ -9,7 +9,7 @@ import shlex
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -52,13 +52,33 @@ class Subject:
         return self.bundle.folder
 
     def command(self, name: str, *options: str) -> str:
-        """``pe-onnx NAME DIR`` with what this check was told."""
+        """``pe-onnx NAME DIR`` with what this check was told of parity."""
         words = ["pe-onnx", name, str(self.folder), *options]
-        if self.named is not None:
-            words += ["--reference", self.named]
-        if self.provider != "cpu":
-            words += ["--provider", self.provider]
-        return shlex.join(words)
+        given = {
+            "--reference": self.named,
+            "--length": None if self.tokens == default_tokens() else self.tokens,
+            "--tolerance": self.tolerance,
+            "--seed": self.seed or None,
+        }
+        words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        return shlex.join(words + self._session())
+
+    @property
+    def bench(self) -> str:
+        """The command that shows where the time goes."""
+        profile = ["--profile"] if self.provider == "cpu" else []  # elsewhere onnxruntime sees kernels start, not end
+        return shlex.join(["pe-onnx", "bench", str(self.folder), *profile, *self._session()])
+
+    def _session(self) -> list[str]:
+        provider = ["--provider", self.provider] if self.provider != "cpu" else []
+        return provider + (["--threads", str(self.threads)] if self.threads else [])
+
+
+def default_tokens() -> int:
+    """Of a row of parity."""
+    from pe_onnx.parity import DEFAULT_TOKENS
+
+    return DEFAULT_TOKENS
 
 
 @contextmanager
@@ -94,12 +114,10 @@ def known_modes(bundle: Bundle | None = None) -> list[str]:
     names = [seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS]
     if bundle is None:
         return names
-    left_out = {*(seq2seq_parity.MODES if bundle.crossing is None else ())}
-    return [name for name in names if name not in left_out and _takes_padding(bundle, name)]
-
-
-def _takes_padding(bundle: Bundle, mode: str) -> bool:
-    return bundle.target == "portable" or not mode.endswith("_padding")
+    left_out = set() if bundle.crossing is not None else set(seq2seq_parity.MODES)
+    if bundle.target == "ort":  # takes compact rows only
+        left_out |= {name for name in names if name.endswith("_padding")}
+    return [name for name in names if name not in left_out]
 
 
 def parity(check: BundleCheck, subject: Subject) -> None:
@@ -177,9 +195,7 @@ def sessions(check: BundleCheck, subject: Subject) -> None:
     for i, name in enumerate(names):
         row = [inf if x is None else float(x) for x in values["differences"][i]]
         far = max(range(len(row)), key=row.__getitem__)
-        message = (
-            f"differs by {row[far]:.1e} of the logits' spread from {names[far]}" if far != i else "agrees with all"
-        )
+        message = f"differs by {row[far]:.1e} of the logits' spread from {names[far]}" if row[far] else "no difference"
         nodes = fell_back.get(name, [])
         if nodes:
             more = f", {len(nodes) - 3} more" if nodes[3:] else ""
@@ -214,7 +230,8 @@ def latency(check: BundleCheck, subject: Subject, budget_s: float) -> None:
     for depth in own["decode"]:
         figures[f"decode_ms_at_{depth['depth_tokens']}"] = depth["median_ms"]
         low, high = depth["interval_ms"]
-        steps.append(f"{depth['median_ms']:.3g} ms ({low:.3g} to {high:.3g}) at {depth['depth_tokens']} tokens")
+        interval = "" if None in (low, high) else f" ({low:.3g} to {high:.3g})"
+        steps.append(f"{depth['median_ms']:.3g} ms{interval} at {depth['depth_tokens']} tokens")
     finding = Finding("latency", "latency", "passed", f"decode {', '.join(steps)}", figures=figures)
     finding.seconds = time.perf_counter() - begin
     check.findings.append(finding)
@@ -225,9 +242,10 @@ def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
     own = None if check.latency is None else check.latency["contestants"][0]
     for name, limit in subject.budgets.given().items():
         if name == "cache_bytes_per_token":
-            measured: list[_Measured] = [_exactly(float(subject.bundle.cache_bytes_per_token), "a token")]
+            bytes_per_token = float(subject.bundle.cache_bytes_per_token)
+            measured = [_Measured(bytes_per_token, bytes_per_token)]
         else:
-            measured = [] if own is None else _MEASURED[name](own)
+            measured = [] if own is None else _measured(own, name)
         if not measured:
             check.findings.append(Finding("budget", name, "skipped", why_not or "the bench gave no such figure"))
             continue
@@ -238,7 +256,7 @@ def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
         message += f"{'below' if minimum else 'over'} the budget of {limit:g}" if bad else f"the budget of {limit:g}"
         finding = Finding("budget", name, "failed" if bad else "passed", message)
         finding.figures = {"value": worst.value, "budget": limit}
-        finding.next_step = subject.command("bench", "--profile") if bad and own is not None else None
+        finding.next_step = subject.bench if bad and own is not None else None
         check.findings.append(finding)
 
 
@@ -246,28 +264,35 @@ def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
 class _Measured:
     value: float
     best: float
-    """What the figure may be at best, given how it scattered: a budget is broken where even this breaks it."""
-    where: str
+    """What it is at best, given how it scattered: a budget is broken where even this breaks it."""
+    where: str = ""
 
 
-def _exactly(value: float, where: str = "") -> _Measured:
-    return _Measured(value, value, where and f" {where}")
+def _measured(own: Mapping[str, Any], name: str) -> list[_Measured]:
+    """A budget's figures among those of the bench, at each depth where there are several."""
+    if name == "decode_ms":
+        return [
+            _Measured(
+                each["median_ms"],
+                _best(each["median_ms"], each["interval_ms"], 0),
+                f" at {each['depth_tokens']} tokens",
+            )
+            for each in own["decode"]
+        ]
+    key, interval, end, scale = {
+        "first_token_ms": ("first_token_ms", "first_token_interval_ms", 0, 1.0),
+        "prefill_tokens_per_s": ("prefill_tokens_per_s", "prefill_interval_tokens_per_s", 1, 1.0),
+        "load_s": ("load_s", "", 0, 1.0),
+        "peak_memory_mb": ("peak_memory_bytes", "", 0, 1e-6),
+    }[name]
+    value = own.get(key)
+    return [] if value is None else [_Measured(value * scale, _best(value, own.get(interval), end) * scale)]
 
 
-def _figure(name: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]], list[_Measured]]:
-    return lambda own: [] if own.get(name) is None else [_exactly(own[name] * scale)]
-
-
-_MEASURED: dict[str, Callable[[Mapping[str, Any]], list[_Measured]]] = {
-    "decode_ms": lambda own: [
-        _Measured(d["median_ms"], d["interval_ms"][0], f" at {d['depth_tokens']} tokens") for d in own["decode"]
-    ],
-    "first_token_ms": _figure("first_token_ms"),
-    "load_s": _figure("load_s"),
-    "peak_memory_mb": _figure("peak_memory_bytes", 1e-6),
-    "prefill_tokens_per_s": _figure("prefill_tokens_per_s"),
-}
-"""A budget's figures in a contestant of the bench."""
+def _best(value: float, interval: Sequence[float | None] | None, end: int) -> float:
+    """The better end of an interval; the value where there is none."""
+    best = None if interval is None else interval[end]
+    return value if best is None else best
 
 
 def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regression: float, budget_s: float) -> None:
@@ -293,7 +318,7 @@ def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regressi
     finding.figures = {"change": float(result.change), "max_regression": max_regression}
     finding.seconds = time.perf_counter() - begin
     if not result.passed:
-        finding.next_step = subject.command("bench", "--profile")
+        finding.next_step = subject.bench
     check.findings.append(finding)
 
 

@@ -97,7 +97,7 @@ def check(
                     named=str(wanted) if isinstance(wanted, str | Path) else None,
                     modes=entry.modes or (None if modes is None else tuple(modes)),
                     tolerance=tolerance if entry.tolerance is None else entry.tolerance,
-                    tokens=_default_tokens() if tokens is None else tokens,
+                    tokens=check_parts.default_tokens() if tokens is None else tokens,
                     seed=seed,
                     budgets=entry.budgets.over(budgets),
                 ),
@@ -269,9 +269,3 @@ def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> dict[s
     if not file.is_file():
         raise ConfigError(f"baseline {file} does not exist; make it with --update-baseline")
     return dict(read_baselines(file))
-
-
-def _default_tokens() -> int:
-    from pe_onnx.parity import DEFAULT_TOKENS
-
-    return DEFAULT_TOKENS

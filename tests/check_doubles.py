@@ -44,6 +44,7 @@ class Parts:
     decode_ms: dict[int, float] = field(default_factory=lambda: {128: 4.0, 1024: 5.0})
     prefill_tokens_per_s: float | None = 2000.0
     peak_memory_bytes: int | None = 50_000_000
+    intervals: bool = True
     change: float = 0.02
     apart: float = 0.0
     """By how much the session without optimisations differs from the others."""
@@ -59,15 +60,20 @@ class Parts:
         self.asked.append(("bench", {"folder": folder, **options}))
         if self.bench_error is not None:
             raise self.bench_error
+
+        def around(value: float) -> list[float | None]:
+            return [0.9 * value, 1.1 * value] if self.intervals else [None, None]
+
         decode = [
-            {"depth_tokens": depth, "median_ms": ms, "interval_ms": [0.9 * ms, 1.1 * ms], "p50_ms": ms}
-            for depth, ms in self.decode_ms.items()
+            {"depth_tokens": depth, "median_ms": ms, "interval_ms": around(ms)} for depth, ms in self.decode_ms.items()
         ]
         own = {
             "name": Path(folder).name,
             "load_s": 0.5,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "prefill_interval_tokens_per_s": [1900.0, 2100.0],
             "first_token_ms": 60.0,
+            "first_token_interval_ms": [55.0, 65.0] if self.intervals else [None, None],
             "decode": decode,
             "peak_memory_bytes": self.peak_memory_bytes,
         }

@@ -70,7 +70,7 @@ def test_a_broken_twin_fails_and_is_drilled_into(rope: Path, broken: Path, parts
     (finding,) = report.checks[1].failures
     assert finding.details == WHERE
     assert "row 0, position" in finding.message
-    assert finding.next_step == f"pe-onnx bisect {broken} --mode steps"
+    assert finding.next_step == f"pe-onnx bisect {broken} --mode steps --length 12 --threads 1"
     assert report.checks[1].divergence == {"text": WHERE, "layer": "decoder.blocks.0.attention"}
     (asked,) = parts.bisected
     assert (asked["folder"], asked["modes"], asked["tokens"]) == (broken, ["steps"], 12)
@@ -169,10 +169,12 @@ def test_parts_left_out_say_so(rope: Path, parts: Parts) -> None:
         (Budgets(decode_ms=5.5, first_token_ms=61, load_s=1, peak_memory_mb=51, prefill_tokens_per_s=1999), []),
         (Budgets(decode_ms=4.4), ["decode_ms"]),
         (Budgets(decode_ms=4.6), []),  # 5.0 at 1,024 tokens, and its interval begins at 4.5
-        (Budgets(first_token_ms=59), ["first_token_ms"]),
+        (Budgets(first_token_ms=54), ["first_token_ms"]),
+        (Budgets(first_token_ms=56), []),  # 60, from 55
         (Budgets(load_s=0.4), ["load_s"]),
         (Budgets(peak_memory_mb=49), ["peak_memory_mb"]),
-        (Budgets(prefill_tokens_per_s=2001), ["prefill_tokens_per_s"]),
+        (Budgets(prefill_tokens_per_s=2101), ["prefill_tokens_per_s"]),
+        (Budgets(prefill_tokens_per_s=2099), []),  # 2,000, up to 2,100
         (Budgets(cache_bytes_per_token=1024), []),
         (Budgets(cache_bytes_per_token=1023), ["cache_bytes_per_token"]),
     ],
@@ -184,6 +186,13 @@ def test_budgets(budgets: Budgets, failing: list[str], rope: Path, parts: Parts)
     assert {finding.name for finding in check.of("budget")} == set(budgets.given())
     for finding in check.failures:
         assert f"the budget of {budgets.given()[finding.name]:g}" in finding.message
+
+
+def test_a_median_of_few_steps_has_no_interval(rope: Path, parts: Parts) -> None:
+    parts.intervals = False
+    (check,) = pe_onnx.check([rope], budgets=Budgets(decode_ms=4.9, first_token_ms=61), matrix=False, **SHORT).checks
+    assert [finding.name for finding in check.failures] == ["decode_ms"]
+    assert check.of("latency")[0].message == "decode 4 ms at 128 tokens, 5 ms at 1024 tokens"
 
 
 def test_budgets_without_their_figures_are_skipped(rope: Path, parts: Parts) -> None:
@@ -224,6 +233,7 @@ def test_a_regression(rope: Path, parts: Parts, tmp_path: Path) -> None:
     parts.change = 0.12
     report = pe_onnx.check([rope], baseline=file, max_regression=0.1, budget_s=8, matrix=False, **SHORT)
     assert found(report)["regression"] == "failed"
+    assert report.checks[0].failures[0].next_step == f"pe-onnx bench {rope} --profile --threads 1"
     assert report.checks[0].failures[0].message == "+12.0% against the baseline, 10% allowed"
     assert [(name, asked["budget_s"]) for name, asked in parts.asked] == [("bench", 4), ("compare", 4)]
     assert pe_onnx.check([rope], baseline=file, max_regression=0.2, matrix=False, **SHORT).passed
@@ -339,7 +349,7 @@ def test_a_module_of_the_users_own_is_the_reference(
     for name, passed in (("make", True), ("Models.right", True), ("Models.wrong", False)):
         report = pe_onnx.check([rope, rope], reference=f"own_reference:{name}", **options)  # type: ignore[arg-type]
         assert report.passed is passed
-        step = f"pe-onnx bisect {rope} --mode steps --reference own_reference:{name}"
+        step = f"pe-onnx bisect {rope} --mode steps --reference own_reference:{name} --length 12 --threads 1"
         assert [finding.next_step for check in report.checks for finding in check.failures] == [step] * 2 * (not passed)
     import own_reference  # type: ignore[import-not-found]
 

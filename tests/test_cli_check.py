@@ -99,7 +99,7 @@ def test_a_broken_bundle_among_good_ones(check: Check, tmp_path: Path) -> None:
     last = "pe-onnx: check failed: 2 of 4: broken@cpu: parity (steps); nothing@cpu: bundle"
     assert result.stderr.rstrip().split("\n")[-1] == last
     assert "broken@cpu, parity: steps: off by" in result.stdout
-    assert f"\n  {WHERE}\n  next: pe-onnx bisect broken --mode steps\n" in result.stdout
+    assert f"\n  {WHERE}\n  next: pe-onnx bisect broken --mode steps --length 12 --threads 1\n" in result.stdout
     assert "nothing@cpu, bundle: nothing is not a bundle: it does not exist" in result.stdout
     document = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(document, json.loads(SCHEMA.read_text()))
