@@ -70,7 +70,8 @@ def _case(check: BundleCheck, finding: Finding) -> ElementTree.Element:
     elif finding.status == "skipped":
         ElementTree.SubElement(case, "skipped", message=message)
     elif finding.message:
-        ElementTree.SubElement(case, "system-out").text = message
+        said = (finding.message, finding.details)
+        ElementTree.SubElement(case, "system-out").text = legal("\n".join(line for line in said if line))
     return case
 
 

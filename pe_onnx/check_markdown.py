@@ -23,6 +23,11 @@ def to_markdown(report: CheckReport) -> str:
         lines.append(_line([*cells[:-1], cells[-1] if check.passed else f"**{cells[-1]}**"]))
     for check in report.checks:
         lines += _failures(check)
+    for check in report.checks:
+        for finding in check.fallbacks:
+            summary = f"{check.label}, {finding.name}: {finding.figures['fallbacks']} nodes fell back"
+            lines += ["", f"<details><summary>{text(summary)}</summary>", ""]
+            lines += [*fence(finding.details[:LONGEST_DETAILS]), "", "</details>"]
     lines += [line for rule in tolerance_rules(report) for line in ("", f"Allowed: {text(rule)}")]
     if report.baseline_written:
         lines += ["", f"Baseline written: {text(report.baseline_written)}"]

@@ -103,6 +103,11 @@ class BundleCheck:
             told.insert(0, (f"parity: {', '.join(mode.name for mode in modes)}", modes[0]))
         return told
 
+    @property
+    def fallbacks(self) -> list[Finding]:
+        """Sessions with nodes that another provider runs: exact, but slow."""
+        return [finding for finding in self.of("sessions") if finding.figures.get("fallbacks")]
+
     def of(self, part: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.part == part]
 

@@ -245,6 +245,21 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
         assert re.search(rf"{tool} \d+\.\d+", lines[-2])
 
 
+def test_nodes_that_fell_back_are_listed() -> None:
+    """Also where the check passes."""
+    passing = report()
+    passing.checks = passing.checks[:1]
+    nodes = "pe_onnx::AlibiBias a on cpu\npe_onnx::AlibiBias b on cpu"
+    passing.checks[0].findings.append(
+        Finding("sessions", "cuda, optimised", "passed", "2 fell back", details=nodes, figures={"fallbacks": 2})
+    )
+    assert passing.passed
+    markdown = to_markdown(passing)
+    assert "<summary>bundles/rope@cpu, cuda, optimised: 2 nodes fell back</summary>" in markdown
+    assert nodes in markdown
+    assert nodes in to_junit(passing)
+
+
 def test_markdown_of_a_pass_folds_nothing() -> None:
     passing = report()
     passing.checks = passing.checks[:1]

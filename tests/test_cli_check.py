@@ -119,6 +119,14 @@ def test_json_on_standard_output_is_one_document(check: Check) -> None:
     assert "FAIL: 1 of 2" in result.stderr
 
 
+def test_nodes_that_fell_back_are_told(check: Check, parts: Parts) -> None:
+    session = "cpu, optimised, 1 thread"
+    parts.fallbacks = [{"session": session, "node": "n", "operator": "pe_onnx::AlibiBias", "provider": "cpu"}]
+    result = check("bundles/rope", *SHORT)
+    assert result.returncode == 0
+    assert f"bundles/rope@cpu, {session}: no difference; fell back: pe_onnx::AlibiBias n on cpu" in result.stdout
+
+
 def test_a_folder_of_any_name(check: Check, tmp_path: Path) -> None:
     """Bytes that are no text, characters that terminals and parsers act upon."""
     name = os.fsdecode(b"x\xff|\x1b[1m<&[bold]\n`")

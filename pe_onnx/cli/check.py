@@ -253,6 +253,9 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
                 say(f"  {escape(finding.details)}")
             if finding.next_step:
                 say(f"  next: {escape(finding.next_step)}")
+    for check in report.checks:
+        for finding in check.fallbacks:
+            say(f"[yellow]{escape(check.label)}, {escape(finding.name)}[/]: {escape(finding.message)}")
     for why, labels in _skipped(report).items():
         say(f"[dim]skipped: {escape(why)} ({escape(labels)})[/]")
     for rule in tolerance_rules(report):
