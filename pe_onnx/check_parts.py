@@ -24,6 +24,8 @@ from pe_onnx.suite import Budgets
 DEPTHS = (128, 1024)
 """Tokens in the cache at which decode steps are timed; fewer where the encoding takes fewer."""
 PROMPT_TOKENS = 128
+BASELINE = "baseline"
+"""The name of what was measured for a new baseline."""
 FIGURES = (
     *("positions", "max_abs_error", "relative_error", "kl", "top1_agreement", "near_ties", "disagreements"),
     "first_difference",
@@ -329,7 +331,7 @@ def new_baseline(check: BundleCheck, subject: Subject, budget_s: float) -> Any:
     begin = time.perf_counter()
     measured = measure(subject.folder, provider=subject.provider, threads=subject.threads, budget_s=budget_s)
     seconds = time.perf_counter() - begin
-    check.findings.append(Finding("regression", "baseline", "passed", "measured for the baseline", seconds=seconds))
+    check.findings.append(Finding("regression", BASELINE, "passed", "measured for the baseline", seconds=seconds))
     return measured
 
 

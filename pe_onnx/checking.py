@@ -15,7 +15,7 @@ from pe_onnx import check_parts
 from pe_onnx.bundle import read_bundle
 from pe_onnx.check_parts import Subject, caught
 from pe_onnx.check_report import BundleCheck, CheckReport, Finding
-from pe_onnx.errors import ConfigError, ProviderError, did_you_mean
+from pe_onnx.errors import ConfigError, PeOnnxError, ProviderError, did_you_mean
 from pe_onnx.named_reference import load_reference
 from pe_onnx.suite import NO_BUDGETS, Budgets, Entry
 
@@ -110,10 +110,7 @@ def check(
             report.checks.append(result)
             finished(result)
     if measured:
-        from pe_onnx.regression import write_baselines
-
-        write_baselines(Path(str(baseline)), {**known, **measured})
-        report.baseline_written = str(baseline)
+        _write_baseline(report, Path(str(baseline)), {**known, **measured})
     report.seconds = time.perf_counter() - begin
     return report
 
@@ -190,6 +187,20 @@ def _check_one(
         check_parts.budgets(check, subject, "latency was not measured" if check.latency is None else "")
     check.seconds = time.perf_counter() - begin
     return check
+
+
+def _write_baseline(report: CheckReport, file: Path, entries: dict[str, Any]) -> None:
+    """What goes wrong here is an error in the report, which must not be lost for it."""
+    from pe_onnx.regression import write_baselines
+
+    try:
+        write_baselines(file, entries)
+        report.baseline_written = str(file)
+    except PeOnnxError as error:
+        for check in report.checks:
+            for finding in check.of("regression"):
+                if finding.name == check_parts.BASELINE:
+                    finding.status, finding.message = "error", check_parts.one_line(str(error))
 
 
 def _require_provider(name: str) -> None:

@@ -266,6 +266,21 @@ def test_a_new_baseline(rope: Path, parts: Parts, tmp_path: Path) -> None:
     assert parts.written == {"rope@cpu": {"of": "rope"}}
 
 
+def test_a_baseline_that_cannot_be_written_loses_no_report(
+    rope: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, values: object) -> None:
+        raise ConfigError(f"baseline {path} cannot be written: No space left on device")
+
+    parts.write_baselines = full  # type: ignore[method-assign]
+    parts.install(monkeypatch)
+    report = pe_onnx.check([rope], baseline=tmp_path / "new.json", update_baseline=True, matrix=False, **SHORT)
+    assert found(report)["regression: baseline"] == "error"
+    assert "No space left" in report.checks[0].failures[0].message
+    assert not report.passed
+    assert report.baseline_written is None
+
+
 def test_nothing_is_written_where_nothing_was_measured(broken: Path, parts: Parts, tmp_path: Path) -> None:
     report = pe_onnx.check([broken], baseline=tmp_path / "new.json", update_baseline=True, matrix=False, **SHORT)
     assert parts.written is None
