@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pe_onnx import custom_ops
+    from pe_onnx.checking import check
     from pe_onnx.exporter import export
     from pe_onnx.generate import load
     from pe_onnx.parity import check_parity
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check_parity", "custom_ops", "export", "load"]
+__all__ = ["__version__", "check", "check_parity", "custom_ops", "export", "load"]
 
-_HOME = {"export": "pe_onnx.exporter", "load": "pe_onnx.generate", "check_parity": "pe_onnx.parity"}
+_HOME = {
+    "check": "pe_onnx.checking",
+    "check_parity": "pe_onnx.parity",
+    "export": "pe_onnx.exporter",
+    "load": "pe_onnx.generate",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,12 @@ class ParityError(PeOnnxError):
     exit_code = 1
 
 
+class CheckError(PeOnnxError):
+    """Bundles that did not pass their check."""
+
+    exit_code = 1
+
+
 @contextmanager
 def needs(what: str, extra: str) -> Iterator[None]:
     """Around imports: a package that is missing becomes one line that names the extra it belongs to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +57,8 @@ class ModeResult:
     first_difference: str | None = None
     """The first row and position over the tolerance."""
     passed: bool = True
+    seconds: float = 0.0
+    """Wall time."""
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Account:
         self.allowed = allowed
         self.agreed = 0
         self.divergence = 0.0
+        self.begun = time.perf_counter()
 
     def add(self, where: str, expected: Array, logits: Array) -> None:
         result = self.result
@@ -144,6 +148,7 @@ class Account:
     def finish(self) -> ModeResult:
         result = self.result
         result.relative_error = result.max_abs_error / self.spread
+        result.seconds = time.perf_counter() - self.begun
         result.kl = self.divergence / result.positions
         result.top1_agreement = self.agreed / result.positions
         result.passed = result.relative_error <= self.allowed.error and not result.disagreements

@@ -36,8 +36,12 @@ LAYERS = [
     ("replay", "blame"),
     ("seq2seq_parity",),
     ("parity", "bench"),
-    ("bisection",),
-    ("cli",),
+    ("latency", "regression", "bisection"),
+    ("named_reference", "report_files", "check_report"),
+    ("suite", "check_junit", "check_markdown"),
+    ("check_parts",),
+    ("checking",),
+    ("cli", "pytest_plugin"),
 ]
 """The import order of design.md, section 2, lowest first; a module imports lower layers only, or its own package.
 

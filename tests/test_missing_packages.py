@@ -90,6 +90,12 @@ def test_parity_names_the_extra(bundles: Bundles) -> None:
     refused(without({"torch"}, MAIN, "parity", bundles("rope")), 2, "pip install 'pe-onnx[export]'")
 
 
+def test_a_check_names_the_extra(bundles: Bundles) -> None:
+    """Once, and not as a failure of each bundle."""
+    refused(without({"torch"}, MAIN, "check", bundles("rope")), 2, "pip install 'pe-onnx[export]'")
+    refused(without({"onnxruntime"}, MAIN, "check", bundles("rope")), 2, "pe-onnx[cpu]", "pe-onnx[gpu]")
+
+
 def test_without_onnxruntime_both_extras_are_named(bundles: Bundles) -> None:
     extras = ("onnxruntime is not installed", "pe-onnx[cpu]", "pe-onnx[gpu]")
     refused(without({"onnxruntime"}, MAIN, "generate", bundles("rope"), "hello"), 2, *extras)

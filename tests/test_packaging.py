@@ -69,6 +69,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         *modules,
         "pe_onnx/py.typed",
         "pe_onnx/families.json",
+        "pe_onnx/check.schema.json",
     }
 
 
@@ -76,6 +77,7 @@ def test_the_wheel_has_the_command_and_the_version_of_the_code(wheel: Path) -> N
     archive = zipfile.ZipFile(wheel)
     read = {name.rpartition("/")[2]: archive.read(name).decode() for name in archive.namelist() if "dist-info" in name}
     assert "pe-onnx = pe_onnx.cli:main" in read["entry_points.txt"]
+    assert "[pytest11]\npe_onnx = pe_onnx.pytest_plugin" in read["entry_points.txt"]
     assert f"\nVersion: {pe_onnx.__version__}\n" in read["METADATA"]
 
 

@@ -1,0 +1,339 @@
+"""The parts of a check, each on one bundle and one provider: parity, sessions, latency, budgets, regression.
+
+A part adds its findings and its own report to a BundleCheck. What it needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from pe_onnx.bundle import Bundle
+from pe_onnx.check_report import BundleCheck, Figure, Finding
+from pe_onnx.errors import MissingDependencyError, PeOnnxError
+from pe_onnx.suite import Budgets
+
+DEPTHS = (128, 1024)
+"""Tokens in the cache at which decode steps are timed; fewer where the encoding takes fewer."""
+PROMPT_TOKENS = 128
+BASELINE = "baseline"
+"""The name of what was measured for a new baseline."""
+FIGURES = (
+    *("positions", "max_abs_error", "relative_error", "kl", "top1_agreement", "near_ties", "disagreements"),
+    "first_difference",
+)
+"""Of a mode of parity."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle, and what is asked of it."""
+
+    bundle: Bundle
+    provider: str
+    threads: int
+    reference: Any
+    named: str | None
+    """The reference as a command line names it; None where the manifest does, or no word can."""
+    modes: tuple[str, ...] | None
+    tolerance: float | None
+    tokens: int
+    seed: int
+    budgets: Budgets
+
+    @property
+    def folder(self) -> Path:
+        return self.bundle.folder
+
+    def command(self, name: str, *options: str) -> str:
+        """``pe-onnx NAME DIR`` with what this check was told of parity."""
+        words = ["pe-onnx", name, str(self.folder), *options]
+        given = {
+            "--reference": self.named,
+            "--length": None if self.tokens == default_tokens() else self.tokens,
+            "--tolerance": self.tolerance,
+            "--seed": self.seed or None,
+        }
+        words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        return shlex.join(words + self._session())
+
+    @property
+    def bench(self) -> str:
+        """The command that shows where the time goes."""
+        profile = ["--profile"] if self.provider == "cpu" else []  # elsewhere onnxruntime sees kernels start, not end
+        return shlex.join(["pe-onnx", "bench", str(self.folder), *profile, *self._session()])
+
+    def _session(self) -> list[str]:
+        provider = ["--provider", self.provider] if self.provider != "cpu" else []
+        return provider + (["--threads", str(self.threads)] if self.threads else [])
+
+
+def default_tokens() -> int:
+    """Of a row of parity."""
+    from pe_onnx.parity import DEFAULT_TOKENS
+
+    return DEFAULT_TOKENS
+
+
+@contextmanager
+def caught(check: BundleCheck, part: str) -> Iterator[None]:
+    """What goes wrong within becomes an error of this bundle, so that the others are still checked.
+
+    A package that is missing is no matter of one bundle: MissingDependencyError passes.
+    """
+    begin = time.perf_counter()
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except PeOnnxError as error:
+        check.findings.append(Finding(part, part, "error", one_line(str(error)), seconds=time.perf_counter() - begin))
+    except Exception as error:
+        message = one_line(f"{type(error).__name__}: {error}")
+        check.findings.append(
+            Finding(
+                *(part, part, "error", message),
+                details=traceback.format_exc(),
+                seconds=time.perf_counter() - begin,
+            )
+        )
+
+
+def known_modes(bundle: Bundle | None = None) -> list[str]:
+    """All modes of parity, or those that a bundle's target and kind allow."""
+    from pe_onnx import seq2seq_parity
+    from pe_onnx.parity import GREEDY
+    from pe_onnx.parity_modes import MODES
+
+    names = [seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS]
+    if bundle is None:
+        return names
+    left_out = set() if bundle.crossing is not None else set(seq2seq_parity.MODES)
+    if bundle.target == "ort":  # takes compact rows only
+        left_out |= {name for name in names if name.endswith("_padding")}
+    return [name for name in names if name not in left_out]
+
+
+def parity(check: BundleCheck, subject: Subject) -> None:
+    """Every mode against PyTorch; where one fails, where the two sides part first."""
+    from pe_onnx.parity import check_parity
+
+    legal = known_modes(subject.bundle)
+    wanted = [mode for mode in subject.modes or legal if mode in legal]
+    for left_out in (mode for mode in subject.modes or () if mode not in legal):
+        why = f"not for this bundle, which takes {', '.join(legal)}"
+        check.findings.append(Finding("parity", left_out, "skipped", why))
+    if not wanted:
+        check.findings.append(Finding("parity", "parity", "error", "none of the modes asked for is for this bundle"))
+        return
+    asked: dict[str, Any] = {
+        "tokens": subject.tokens,
+        "provider": subject.provider,
+        "tolerance": subject.tolerance,
+        "seed": subject.seed,
+        "threads": subject.threads,
+    }
+    report = check_parity(subject.folder, subject.reference, modes=wanted, **asked)
+    check.parity = report.to_dict()
+    bad = [mode.mode for mode in report.modes if not mode.passed]
+    where = ""
+    if bad:
+        where, check.divergence = drill_down(subject.folder, subject.reference, modes=bad, **asked)
+    allowed = f"{report.tolerance.error:.1e} is allowed"
+    for mode, values in zip(report.modes, check.parity["modes"], strict=True):
+        finding = Finding("parity", mode.mode, "passed" if mode.passed else "failed", seconds=mode.seconds)
+        finding.figures = {name: values[name] for name in values if name in FIGURES}
+        finding.message = f"off by {mode.relative_error:.1e} of the logits' spread, {allowed}"
+        if not mode.passed:
+            first = mode.first_difference or f"no single token; top-1 agreement {mode.top1_agreement:.4g}"
+            finding.message += f"; first at {first}"
+            finding.next_step = subject.command("bisect", "--mode", mode.mode)
+            finding.details = where
+        check.findings.append(finding)
+
+
+def drill_down(folder: Path, reference: Any, **options: Any) -> tuple[str, dict[str, Any] | None]:
+    """One line that says where ONNX and PyTorch part, and Divergence.to_dict(). options: of ``bisect``.
+
+    Whatever goes wrong here is told in the line: parity has failed already, and its figures must not be lost.
+    """
+    try:
+        from pe_onnx.bisection import bisect
+
+        found = bisect(folder, reference, **options)
+    except Exception as error:
+        return one_line(f"no drill-down: {error}"), None
+    if found is None:
+        return "no drill-down: no intermediate value of the two sides differs", None
+    return one_line(found.text), {"text": found.text, **found.to_dict()}
+
+
+def sessions(check: BundleCheck, subject: Subject) -> None:
+    """The bundle against itself: optimisations off and on, one thread and several, CPU and another provider.
+
+    Two sessions that differ do not tell which is wrong: one fails that differs from more than half of the others.
+    """
+    from pe_onnx.session_matrix import compare_sessions
+
+    begin = time.perf_counter()
+    providers = tuple(dict.fromkeys(("cpu", subject.provider)))
+    matrix = compare_sessions(subject.folder, providers, tolerance=subject.tolerance)
+    seconds = time.perf_counter() - begin
+    values = check.sessions = matrix.to_dict()
+    names = values["names"]
+    apart = Counter(name for pair in values["failures"] for name in (pair["a"], pair["b"]))
+    odd = [name for name in names if 2 * apart[name] > len(names) - 1] or list(apart)
+    fell_back: dict[str, list[str]] = {}
+    for node in values["fallbacks"]:
+        fell_back.setdefault(node["session"], []).append(f"{node['operator']} {node['node']} on {node['provider']}")
+    for i, name in enumerate(names):
+        row = [inf if x is None else float(x) for x in values["differences"][i]]
+        far = max(range(len(row)), key=row.__getitem__)
+        message = f"differs by {row[far]:.1e} of the logits' spread from {names[far]}" if row[far] else "no difference"
+        nodes = fell_back.get(name, [])
+        if nodes:
+            more = f", {len(nodes) - 3} more" if nodes[3:] else ""
+            message += f"; fell back: {', '.join(nodes[:3])}{more}"
+        finding = Finding("sessions", name, "passed", message, details="\n".join(nodes), seconds=seconds / len(names))
+        finding.figures = {"difference": row[far], "fallbacks": len(nodes)}
+        if not matrix.passed and name in odd:
+            finding.status = "failed"
+            finding.next_step = subject.command("parity")
+        check.findings.append(finding)
+
+
+def latency(check: BundleCheck, subject: Subject, budget_s: float) -> None:
+    """Load, prefill and decode within ``budget_s`` seconds, and the budgets on them."""
+    from pe_onnx.latency import bench
+
+    begin = time.perf_counter()
+    report = bench(
+        subject.folder,
+        provider=subject.provider,
+        threads=subject.threads,
+        depths=DEPTHS,
+        prompt_tokens=PROMPT_TOKENS,
+        budget_s=budget_s,
+    )
+    check.latency = report.to_dict()
+    own = check.latency["contestants"][0]
+    figures: dict[str, Figure] = {
+        name: own.get(name) for name in ("load_s", "prefill_tokens_per_s", "first_token_ms", "peak_memory_bytes")
+    }
+    steps = []
+    for depth in own["decode"]:
+        figures[f"decode_ms_at_{depth['depth_tokens']}"] = depth["median_ms"]
+        low, high = depth["interval_ms"]
+        interval = "" if None in (low, high) else f" ({low:.3g} to {high:.3g})"
+        steps.append(f"{depth['median_ms']:.3g} ms{interval} at {depth['depth_tokens']} tokens")
+    finding = Finding("latency", "latency", "passed", f"decode {', '.join(steps)}", figures=figures)
+    finding.seconds = time.perf_counter() - begin
+    check.findings.append(finding)
+
+
+def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
+    """Each limit against its figure. why_not: the reason where latency was not measured."""
+    own = None if check.latency is None else check.latency["contestants"][0]
+    for name, limit in subject.budgets.given().items():
+        if name == "cache_bytes_per_token":
+            bytes_per_token = float(subject.bundle.cache_bytes_per_token)
+            measured = [_Measured(bytes_per_token, bytes_per_token)]
+        else:
+            measured = [] if own is None else _measured(own, name)
+        if not measured:
+            check.findings.append(Finding("budget", name, "skipped", why_not or "the bench gave no such figure"))
+            continue
+        minimum = name == "prefill_tokens_per_s"
+        worst = min(measured, key=lambda m: m.best) if minimum else max(measured, key=lambda m: m.best)
+        bad = worst.best < limit if minimum else worst.best > limit
+        message = f"{worst.value:.4g}{worst.where} {'is' if bad else 'keeps'} "
+        message += f"{'below' if minimum else 'over'} the budget of {limit:g}" if bad else f"the budget of {limit:g}"
+        finding = Finding("budget", name, "failed" if bad else "passed", message)
+        finding.figures = {"value": worst.value, "budget": limit}
+        finding.next_step = subject.bench if bad and own is not None else None
+        check.findings.append(finding)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    value: float
+    best: float
+    """What it is at best, given how it scattered: a budget is broken where even this breaks it."""
+    where: str = ""
+
+
+def _measured(own: Mapping[str, Any], name: str) -> list[_Measured]:
+    """A budget's figures among those of the bench, at each depth where there are several."""
+    if name == "decode_ms":
+        return [
+            _Measured(
+                each["median_ms"],
+                _best(each["median_ms"], each["interval_ms"], 0),
+                f" at {each['depth_tokens']} tokens",
+            )
+            for each in own["decode"]
+        ]
+    key, interval, end, scale = {
+        "first_token_ms": ("first_token_ms", "first_token_interval_ms", 0, 1.0),
+        "prefill_tokens_per_s": ("prefill_tokens_per_s", "prefill_interval_tokens_per_s", 1, 1.0),
+        "load_s": ("load_s", "", 0, 1.0),
+        "peak_memory_mb": ("peak_memory_bytes", "", 0, 1e-6),
+    }[name]
+    value = own.get(key)
+    return [] if value is None else [_Measured(value * scale, _best(value, own.get(interval), end) * scale)]
+
+
+def _best(value: float, interval: Sequence[float | None] | None, end: int) -> float:
+    """The better end of an interval; the value where there is none."""
+    best = None if interval is None else interval[end]
+    return value if best is None else best
+
+
+def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regression: float, budget_s: float) -> None:
+    """Latency relative to a yardstick of this machine, against the same of the baseline."""
+    from pe_onnx.regression import compare
+
+    begin = time.perf_counter()
+    result = compare(
+        subject.folder,
+        baseline,
+        max_regression,
+        provider=subject.provider,
+        threads=subject.threads,
+        budget_s=budget_s,
+    )
+    check.regression = {
+        "text": result.text,
+        "change": float(result.change),
+        "max_regression": max_regression,
+        **result.to_dict(),
+    }
+    finding = Finding("regression", "regression", "passed" if result.passed else "failed", one_line(result.text))
+    finding.figures = {"change": float(result.change), "max_regression": max_regression}
+    finding.seconds = time.perf_counter() - begin
+    if not result.passed:
+        finding.next_step = subject.bench
+    check.findings.append(finding)
+
+
+def new_baseline(check: BundleCheck, subject: Subject, budget_s: float) -> Any:
+    """The bundle's latency relative to a yardstick, for later checks."""
+    from pe_onnx.regression import measure
+
+    begin = time.perf_counter()
+    measured = measure(subject.folder, provider=subject.provider, threads=subject.threads, budget_s=budget_s)
+    seconds = time.perf_counter() - begin
+    check.findings.append(Finding("regression", BASELINE, "passed", "measured for the baseline", seconds=seconds))
+    return measured
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,66 @@
+"""Files of reports: found writable before a long measurement, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pe_onnx.errors import ConfigError, ExportError
+
+STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+"""GitHub's name of the file that is a job's summary page; what a step wrote to it before stays."""
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Make the folders above a report, and try its place. Raises ConfigError, which names the option.
+
+    What is no plain file, such as /dev/stdout, is taken as it is.
+    """
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{option} {path} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            return
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        trial = _beside(place)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written: {_reason(error)}") from None
+
+
+def write_report(path: Path, text: str) -> None:
+    """Write UTF-8 text beside its place and rename it. Raises ExportError with the system's reason.
+
+    The file that GITHUB_STEP_SUMMARY names keeps what it holds, and the text follows.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, "utf-8", errors="backslashreplace")
+            return
+        place = path.resolve()
+        summary = os.environ.get(STEP_SUMMARY)
+        if summary and place.is_file() and place == Path(summary).resolve():
+            before = place.read_text("utf-8")
+            text = before + ("\n" if before and not before.endswith("\n") else "") + text
+        partial = _beside(place)
+        try:
+            with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, place)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name[:200]}.partial-{os.getpid()}")
+
+
+def _reason(error: OSError) -> str:
+    """The system's words, without path and number."""
+    return os.strerror(error.errno) if error.errno else str(error)
