@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Session:
     """An onnxruntime session of one of a bundle's graphs.
 
     provider: ``cpu``, ``cuda`` or ``auto``. threads: of one operator, 0 for one a physical core. graph: its file, by
-    default the decoder.
+    default the decoder. profile: where onnxruntime's profile goes, the path's beginning; ``end_profile`` ends it.
     Raises ProviderError where the provider cannot be had, BundleError where onnxruntime refuses the model.
     """
 
@@ -67,6 +68,7 @@ class Session:
         options: Mapping[str, str] | None = None,
         optimize: bool = True,
         graph: str | None = None,
+        profile: Path | None = None,
     ) -> None:
         wanted = resolve_provider(provider)
         if not 0 <= threads <= MAX_THREADS:
@@ -78,6 +80,9 @@ class Session:
             session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         for key, value in (options or {}).items():
             session_options.add_session_config_entry(key, value)
+        if profile is not None:
+            session_options.enable_profiling = True
+            session_options.profile_file_prefix = str(profile)
         self.bundle = bundle
         self.model = bundle.folder / (graph or bundle.model.name)
         self.inputs, self.outputs = bundle.graphs[self.model.name]
@@ -124,6 +129,10 @@ class Session:
             return self.inference.run(None, dict(feeds))
         except Exception as error:
             raise self._failed("run", error) from error
+
+    def end_profile(self) -> Path:
+        """The file of onnxruntime's profile, a JSON list of events."""
+        return Path(self.inference.end_profiling())
 
     def _failed(self, what: str, error: Exception) -> BundleError:
         reason = str(error).strip().split("\n", 1)[0]
