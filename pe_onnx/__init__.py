@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from pe_onnx import custom_ops
     from pe_onnx.exporter import export
     from pe_onnx.generate import load
+    from pe_onnx.latency import bench
     from pe_onnx.parity import check_parity
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check_parity", "custom_ops", "export", "load"]
+__all__ = ["__version__", "bench", "check_parity", "custom_ops", "export", "load"]
 
-_HOME = {"export": "pe_onnx.exporter", "load": "pe_onnx.generate", "check_parity": "pe_onnx.parity"}
+_HOME = {
+    "export": "pe_onnx.exporter",
+    "load": "pe_onnx.generate",
+    "check_parity": "pe_onnx.parity",
+    "bench": "pe_onnx.latency",
+}
 
 
 def __getattr__(name: str) -> Any:

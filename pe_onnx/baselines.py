@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pe_onnx.errors import ConfigError
-from pe_onnx.regression import Relative
+from pe_onnx.relative import Relative
 
 FORMAT = 1
 KIND = "pe-onnx latency baselines"

@@ -13,21 +13,35 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pe_onnx.baselines import baseline_key, read_baselines, write_baselines
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.contestants import BundleContestant, describe_machine, random_tokens
 from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh
-from pe_onnx.intervals import Estimate, median_interval
+from pe_onnx.relative import MEASURES, Relative
 from pe_onnx.session import MAX_THREADS, onnxruntime, resolve_provider
 from pe_onnx.yardstick import Sizes, Yardstick
 
+__all__ = [
+    "Regression",
+    "Relative",
+    "baseline_key",
+    "compare",
+    "decide",
+    "measure",
+    "read_baselines",
+    "sizes_of",
+    "write_baselines",
+]
+
 DEPTH_TOKENS, PROMPT_TOKENS = 256, 64
 LEAST_PROCESSES, MOST_PROCESSES = 3, 8
-MEASURES = ("decode", "prefill")
+BASELINE_PROCESSES = 16
+"""A baseline's own error is in every verdict: it is worth more processes."""
 SAMPLE_S = 0.004
 """A shorter call is repeated within one sample: a clock's steps and a call's overhead are small beside this."""
 ROUNDS = {"decode": 15, "prefill": 5}
@@ -36,51 +50,6 @@ PROCESS_S = 2.0
 """Of samples in one process, after which it ends with fewer rounds."""
 CALM = {"session.intra_op.allow_spinning": "0"}
 """Threads that wait without spinning: what spins takes a core from the neighbour."""
-
-
-@dataclass
-class Relative:
-    """A bundle's times as multiples of the yardstick's: 1.1 takes a tenth longer than the plain work."""
-
-    provider: str
-    threads: int
-    clock: str
-    """``processor`` or ``wall``."""
-    yardstick: Sizes
-    ratios: dict[str, list[float]]
-    """By measure, ``decode`` and ``prefill``: of each process the median ratio of neighbours."""
-    tools: dict[str, str] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    def estimate(self, measure: str) -> Estimate:
-        return median_interval(self.ratios[measure])
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; ``from_dict`` gives the same back."""
-        medians = {f"{measure}_ratio": self.estimate(measure).median for measure in MEASURES}
-        return {**medians, **dataclasses.asdict(self), "yardstick": self.yardstick._asdict()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Relative:
-        """Raises KeyError, TypeError or ValueError for what ``to_dict`` does not give."""
-        ratios = {measure: [float(x) for x in values["ratios"][measure]] for measure in MEASURES}
-        if not all(series and all(x > 0 for x in series) for series in ratios.values()):
-            raise ValueError("ratios must be positive")
-        return cls(
-            str(values["provider"]),
-            int(values["threads"]),
-            str(values["clock"]),
-            Sizes(**{name: int(values["yardstick"][name]) for name in Sizes._fields}),
-            ratios,
-            dict(values["tools"]),
-            dict(values["machine"]),
-        )
-
-    def joined(self, other: Relative) -> Relative:
-        """Both measurements as one."""
-        return dataclasses.replace(
-            self, ratios={measure: self.ratios[measure] + other.ratios[measure] for measure in MEASURES}
-        )
 
 
 @dataclass
@@ -114,13 +83,14 @@ def measure(
     provider: str = "cpu",
     threads: int = 0,
     yardstick: Sizes | None = None,
-    budget_s: float = 20.0,
+    budget_s: float = 30.0,
+    processes: int = BASELINE_PROCESSES,
 ) -> Relative:
-    """Measure a bundle's decode step and prompt as multiples of a yardstick's.
+    """Measure a bundle's decode step and prompt as multiples of a yardstick's: by default for a baseline.
 
     threads: 0 for one thread and its processor time on the CPU; more are measured in wall time. yardstick: the sizes
     of an earlier measurement; by default those of the bundle. budget_s: after which no further process is started;
-    there are 3 at least and 8 at most. A bundle's weights are in memory twice while this runs.
+    there are 3 at least and ``processes`` at most. A bundle's weights are in memory twice while this runs.
 
     Raises ConfigError, ProviderError and BundleError.
     """
@@ -134,7 +104,7 @@ def measure(
         )
     until = time.monotonic() + budget_s
     samples: list[dict[str, float]] = []
-    while len(samples) < LEAST_PROCESSES or (len(samples) < MOST_PROCESSES and time.monotonic() < until):
+    while len(samples) < LEAST_PROCESSES or (len(samples) < processes and time.monotonic() < until):
         samples.append(
             call_fresh(
                 "pe_onnx.regression:sample",
@@ -229,7 +199,12 @@ def compare(
 
     def again() -> Relative:
         return measure(
-            folder, provider=provider, threads=threads, yardstick=baseline.yardstick, budget_s=budget_s
+            folder,
+            provider=provider,
+            threads=threads,
+            yardstick=baseline.yardstick,
+            budget_s=budget_s,
+            processes=MOST_PROCESSES,
         )
 
     return decide(str(folder), baseline, max_regression, again)

@@ -13,7 +13,8 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "tolerance"),
+    ("discovery", "config", "contract", "tolerance", "intervals", "graph_nodes", "fresh_process"),
+    ("attribution", "turns"),
     ("bundle",),
     ("session",),
     ("custom_ops",),
@@ -29,10 +30,15 @@ LAYERS = [
     ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
     ("beam_search",),
-    ("generate",),
+    ("generate", "contestants", "yardstick"),
+    ("operator_times", "relative"),
+    ("bench_report", "baselines"),
+    ("bench_tables",),
     ("reference", "parity_modes", "parity_report"),
     ("seq2seq_parity",),
-    ("parity", "bench"),
+    ("eager",),
+    ("parity", "latency", "regression"),
+    ("plots",),
     ("cli",),
 ]
 """The import order of design.md, section 2, lowest first; a module imports lower layers only, or its own package.
@@ -44,6 +50,8 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 RUNTIME = (
     *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
     *("tokenizer", "sampling", "beam_search", "generate"),
+    *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants", "operator_times"),
+    *("yardstick", "relative", "baselines", "regression", "bench_report", "bench_tables"),
 )
 """Never import the export half; what stands above them does, inside functions."""
 
