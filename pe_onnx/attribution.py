@@ -6,7 +6,7 @@ The encoding's nodes are those that could be left out if the encoding were ``non
 - nodes that bring positions into what depends on the tokens: the sum with a positional vector, the products with
   cos and sin where a rotation is written out;
 - nodes of which nothing but these is made: tables of cos and sin, buckets, slopes, gathered rows of a learned table;
-- what is made of a bias on its way to the scores.
+- what is made of a bias on its way to the scores, but not the mask that it is put into.
 
 What depends on no token and is not the encoding's makes masks and lengths, which every decoder has. No node's name
 counts, only what it reads and what reads it.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 from pe_onnx.graph_nodes import GraphNodes, Node
 
@@ -28,7 +29,7 @@ OWN_DOMAIN = "pe_onnx"
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "DecoderMaskedMultiHeadAttention")
 MATRIX_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul")
 MERGES = ("Add", "Sub", "Mul")
-PIECES = ("Slice", "Split", "Neg")
+PIECES = ("Slice", "Split", "Neg", "Concat")
 """What a written-out rotation takes of its input before it is multiplied."""
 JOINS = ("Add", "Sub", "Concat")
 COUNTING = ("Range", "CumSum")
@@ -133,7 +134,11 @@ def _parts(graph: GraphNodes) -> dict[str, str]:
         if i in moving_nodes:
             taken = node.operator in PIECES and all(j in written_out for j, _ in uses)
         else:
-            taken = all(j in encoding or _is_bias(graph, graph.nodes[j], name, tables) for j, name in uses)
+            taken = all(
+                (j in encoding and not _is_visibility(graph, readers, graph.nodes[j], name))
+                or _is_bias(graph, graph.nodes[j], name, tables)
+                for j, name in uses
+            )
         if taken:
             encoding.add(i)
             written_out.add(i)
@@ -157,6 +162,13 @@ def _joins(node: Node, text: list[str], of_encoding: set[str], nodes: list[Node]
         return not of_encoding.isdisjoint(text)
     products = {name for i in written_out for name in nodes[i].outputs if nodes[i].operator == "Mul"}
     return bool(text) and products.issuperset(text)
+
+
+def _is_visibility(graph: GraphNodes, readers: Mapping[str, list[int]], node: Node, name: str) -> bool:
+    """Whether it says which keys may be seen, where a bias is put into the mask: every mask has that."""
+    if node.operator != "Where" or node.inputs[0] != name:
+        return False
+    return any(_is_bias(graph, graph.nodes[j], out, {out}) for out in node.outputs for j in readers[out])
 
 
 def _is_bias(graph: GraphNodes, reader: Node, name: str, tables: set[str]) -> bool:
