@@ -36,7 +36,10 @@ def read_baselines(path: str | Path) -> dict[str, Relative]:
             f"--update-baseline"
         )
     found = {}
-    for key, entry in (values.get("bundles") or {}).items():
+    entries = values.get("bundles")
+    if not isinstance(entries, dict):
+        raise ConfigError(f"baseline {path} is damaged: it has no bundles by name")
+    for key, entry in entries.items():
         try:
             found[key] = Relative.from_dict(entry)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 DEPTH_TOKENS, PROMPT_TOKENS = 256, 64
-LEAST_PROCESSES, MOST_PROCESSES = 3, 8
+LEAST_PROCESSES, MOST_PROCESSES = 5, 8
+"""The least are started though the budget is out: on a busy machine a verdict takes longer and is no less sure."""
 BASELINE_PROCESSES = 16
 """A baseline's own error is in every verdict: it is worth more processes."""
 SAMPLE_S = 0.004
@@ -90,7 +91,7 @@ def measure(
 
     threads: 0 for one thread and its processor time on the CPU; more are measured in wall time. yardstick: the sizes
     of an earlier measurement; by default those of the bundle. budget_s: after which no further process is started;
-    there are 3 at least and ``processes`` at most. A bundle's weights are in memory twice while this runs.
+    there are 5 at least and ``processes`` at most. A bundle's weights are in memory twice while this runs.
 
     Raises ConfigError, ProviderError and BundleError.
     """
@@ -180,7 +181,7 @@ def compare(
     *,
     provider: str = "cpu",
     threads: int = 0,
-    budget_s: float = 8.0,
+    budget_s: float = 5.0,
 ) -> Regression:
     """Whether a bundle is slower than its baseline by more than ``max_regression`` (0.1 is 10 %), in steps or prompts.
 

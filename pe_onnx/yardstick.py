@@ -67,6 +67,8 @@ class Yardstick:
         self.weights = [self._on_device(w) for w in weights]
         self.source = np.ones(max(sizes.copy_bytes // 4, 1), np.float32)
         self.target = np.empty_like(self.source)
+        self.results: list[Any] = []
+        """What the products are written to, in the order in which they were asked for."""
 
     def step(self) -> Callable[[], None]:
         """The work beside a decode step: one row through all products, and the copy."""
@@ -84,12 +86,13 @@ class Yardstick:
 
     def _product(self, rows: int) -> Callable[[], None]:
         x = self._on_device(np.ones((rows, self.sizes.width), np.float32))
-        y = self._on_device(np.empty((rows, self.sizes.width), np.float32))
+        y = self._on_device(np.zeros((rows, self.sizes.width), np.float32))
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("x", x)
         for i, w in enumerate(self.weights):
             binding.bind_ortvalue_input(f"w{i}", w)
         binding.bind_ortvalue_output("y", y)
+        self.results.append(y)
         held = (x, y, self.weights)  # a binding does not hold what is bound to it
 
         def work(held: Any = held) -> None:
