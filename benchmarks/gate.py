@@ -104,9 +104,7 @@ def main(
         folders = {}
         for name, count in ((UNCHANGED, layers), (PLANTED, layers + 1)):
             folders[name] = Path(place, f"{count}_layers")
-            pe_onnx.export(
-                encoding=encoding, preset=preset, config={"num_hidden_layers": count}, output=folders[name]
-            )
+            pe_onnx.export(encoding=encoding, preset=preset, config={"num_hidden_layers": count}, output=folders[name])
         click.echo("baseline", err=True)
         baseline = regression.measure(folders[UNCHANGED], budget_s=baseline_budget)
         for i in range(runs):

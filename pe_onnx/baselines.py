@@ -25,7 +25,9 @@ def read_baselines(path: str | Path) -> dict[str, Relative]:
     try:
         values = json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"baseline {path} cannot be read: {error.strerror}; make one with --update-baseline") from None
+        raise ConfigError(
+            f"baseline {path} cannot be read: {error.strerror}; make one with --update-baseline"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"baseline {path} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.get("kind") != KIND:

@@ -143,9 +143,7 @@ def _rows_of(figures: Figures) -> Iterator[dict[str, Any]]:
     if figures.load_s is not None:
         yield _row(name, "load", None, figures.load_s, None, "s")
     yield _row(name, "first_token", None, figures.first_token_ms, figures.first_token_interval_ms, "ms")
-    yield _row(
-        name, "prefill", None, figures.prefill_tokens_per_s, figures.prefill_interval_tokens_per_s, "tokens/s"
-    )
+    yield _row(name, "prefill", None, figures.prefill_tokens_per_s, figures.prefill_interval_tokens_per_s, "tokens/s")
     for d in figures.decode:
         yield _row(name, "decode", d.depth_tokens, d.median_ms, d.interval_ms, "ms")
         for p, value in (("p50", d.p50_ms), ("p90", d.p90_ms), ("p99", d.p99_ms)):

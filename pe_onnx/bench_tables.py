@@ -51,11 +51,13 @@ def summary(report: BenchReport) -> str:
         if by_budget
         else f"every interval is within the precision of {report.precision:.0%}, in less than {report.budget_s:g} s"
     )
-    wide = f"the widest 95 % interval is +-{widest:.1%}" if widest < float("inf") else "some have too few figures for one"
+    wide = (
+        f"the widest 95 % interval is +-{widest:.1%}" if widest < float("inf") else "some have too few figures for one"
+    )
     return (
         f"{ended[0].upper()}{ended[1:]}; {wide}; {report.elapsed_s:.0f} s in all.\n"
-        f"Load: median of {loads} fresh processes, page cache warm, imports left out. Memory: resident peak of a process "
-        f"of its own."
+        f"Load: median of {loads} fresh processes, page cache warm, imports left out. Memory: resident peak of a "
+        f"process of its own."
     )
 
 
@@ -122,7 +124,9 @@ def _ratios(report: BenchReport) -> Table:
 
 def _parts(report: BenchReport) -> Table:
     parts = list(report.profile[0].parts)
-    rows = [[phase_name(p).removesuffix(" tokens"), *(f"{p.parts[part]:.1%}" for part in parts)] for p in report.profile]
+    rows = [
+        [phase_name(p).removesuffix(" tokens"), *(f"{p.parts[part]:.1%}" for part in parts)] for p in report.profile
+    ]
     return Table(f"Share of time by part, {report.contestants[0].name}", ["phase", *parts], rows, {"phase"})
 
 

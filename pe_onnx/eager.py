@@ -45,7 +45,9 @@ def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[
         decoder = Decoder(DecoderConfig.from_dict(bundle.manifest["source"]["config"]))
         return PlainContestant(decoder, name, time.perf_counter() - begin)
     if reference is None and kind != "checkpoint":
-        raise CheckpointError("the bundle was exported from a module, which has no reference with a cache to compare with")
+        raise CheckpointError(
+            "the bundle was exported from a module, which has no reference with a cache to compare with"
+        )
     if reference is None or isinstance(reference, str | Path):
         model = _checkpoint(bundle, reference)
     elif references.is_module(reference):

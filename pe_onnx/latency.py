@@ -8,7 +8,6 @@ load; the ratios of a run hold further, since contestants are timed in turns.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from pe_onnx.contestants import (
     describe_machine,
     random_tokens,
 )
-from pe_onnx.errors import BundleError, ConfigError
+from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh, status_bytes
 from pe_onnx.intervals import Estimate, median_interval, percentile, ratio_interval
 from pe_onnx.operator_times import profile as profile_bundle
@@ -86,8 +85,8 @@ def bench(
     prompt_tokens = int(min(prompt_tokens, limit))
     crossed = bundle.crossing is not None
     prompt = random_tokens(source_tokens or prompt_tokens if crossed else prompt_tokens, _vocabulary(read))
-    for each in read:
-        check_memory(each, clipped[-1] + 1)
+    for one in read:
+        check_memory(one, clipped[-1] + 1)
 
     begin = time.perf_counter()
     names = _names([folder, *others])
@@ -155,9 +154,7 @@ def load_and_peak(
     return {"load_s": contestant.load_s, "peak_memory_bytes": status_bytes("VmHWM") if run else None}
 
 
-def _load(
-    name: str, folder: Path, provider: str, threads: int, depth: int, prompt: list[int], until: float
-) -> Figures:
+def _load(name: str, folder: Path, provider: str, threads: int, depth: int, prompt: list[int], until: float) -> Figures:
     source = prompt if read_bundle(folder, verify=False).crossing is not None else None
     loads, peak = [], None
     for i in reversed(range(LOADS)):

@@ -8,6 +8,7 @@ remains, and hold for the optimised graph that runs, in which nodes are fused an
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -105,7 +106,7 @@ def profile(
         events = _read(contestant.session.end_profile())
     by_run = node_times(events)
     return [
-        summarise(phase, depth, [by_run[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], attribution)
+        summarise(phase, depth, [by_run[a:b] for a, b in itertools.pairwise(bounds)], attribution)
         for phase, depth, bounds in phases
     ]
 

@@ -133,9 +133,7 @@ def _decode(axes: Any, report: BenchReport) -> None:
     if len(report.contestants) > 1:
         axes.legend(frameon=False, labelcolor=INK)
     else:
-        axes.annotate(
-            report.contestants[0].name, (0.02, 0.96), xycoords="axes fraction", va="top", color=STYLES[0][0]
-        )
+        axes.annotate(report.contestants[0].name, (0.02, 0.96), xycoords="axes fraction", va="top", color=STYLES[0][0])
 
 
 def _operators(axes: Any, profile: Profile) -> None:

@@ -226,13 +226,14 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
     text = f"{bundle}: {_words(changes)}, {max_regression:.0%} allowed"
     if first is not None:
         text += f"; a first measurement said {_words(first)}" if passed else ", confirmed by a second measurement"
-    for name, then in baseline.tools.items():
-        now = measured.tools.get(name)
-        if name == "onnxruntime" and now != then:
-            text += f"; the baseline is of {name} {then}, this is {now}"
+    then, now = (relative.tools.get("onnxruntime") for relative in (baseline, measured))
+    if then != now:
+        text += f"; the baseline is of onnxruntime {then}, this is {now}"
     if baseline.machine.get("processor") != measured.machine.get("processor"):
         text += "; the baseline is of another machine"
-    return Regression(bundle, passed, changes[worst], (low, high), worst, changes, max_regression, first, text, measured)
+    return Regression(
+        bundle, passed, changes[worst], (low, high), worst, changes, max_regression, first, text, measured
+    )
 
 
 def _changes(measured: Relative, baseline: Relative) -> dict[str, float]:

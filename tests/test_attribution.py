@@ -41,7 +41,9 @@ def test_without_the_encodings_nodes_the_graph_is_that_of_none(bundles: Bundles,
     assert bool(own) == (encoding != "none")
 
 
-def graph(*nodes: tuple[str, str, list[str], list[str]], tables: tuple[str, ...] = (), **functions: list[str]) -> GraphNodes:
+def graph(
+    *nodes: tuple[str, str, list[str], list[str]], tables: tuple[str, ...] = (), **functions: list[str]
+) -> GraphNodes:
     """Nodes as (name, operator, inputs, outputs); those with a function's name are of our domain."""
     made = [Node(n, op, "pe_onnx" if op in functions else "", tuple(i), tuple(o)) for n, op, i, o in nodes]
     inputs = ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]

@@ -54,7 +54,10 @@ def test_a_node_with_a_subgraph_counts_without_it() -> None:
 
 
 NODES = GraphNodes(
-    [Node("rotate", "RotaryEmbedding", "pe_onnx", ("x",), ("y",)), Node("project", "MatMul", "", ("input_ids",), ("z",))],
+    [
+        Node("rotate", "RotaryEmbedding", "pe_onnx", ("x",), ("y",)),
+        Node("project", "MatMul", "", ("input_ids",), ("z",)),
+    ],
     ["input_ids"],
     ["z"],
     {},

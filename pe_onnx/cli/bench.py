@@ -79,9 +79,9 @@ def command(
             reference=reference,
             progress=progress,
         )
-    texts = [text() for path, text in ((csv_file, report.to_csv), (markdown_file, lambda: markdown(report))) if path]
-    for path, text in zip(files, texts, strict=False):
-        path.write_text(text, "utf-8")
+    texts = [text() for name, text in ((csv_file, report.to_csv), (markdown_file, lambda: markdown(report))) if name]
+    for file, text in zip(files, texts, strict=False):
+        file.write_text(text, "utf-8")
     if plots:
         from pe_onnx.plots import draw
 
@@ -105,7 +105,9 @@ def _print(report: BenchReport) -> None:
         title = escape(figures.title)
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
         for name in figures.columns:
-            table.add_column(name, justify="left" if name in figures.left else "right", no_wrap=name not in figures.left)
+            table.add_column(
+                name, justify="left" if name in figures.left else "right", no_wrap=name not in figures.left
+            )
         for row in figures.rows:
             table.add_row(*map(escape, row))
         console.print(table)
