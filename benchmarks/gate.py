@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from pe_onnx import regression
-from pe_onnx.contestants import describe_machine
+from pe_onnx.machine import describe_machine, versions
 from pe_onnx.relative import MEASURES, Relative
 
 UNCHANGED, PLANTED = "unchanged", "one layer more"
@@ -95,8 +95,6 @@ def main(
     output: Path,
 ) -> None:
     """Measure the gate itself."""
-    import onnxruntime
-
     import pe_onnx
 
     results: dict[str, list[dict[str, Any]]] = {UNCHANGED: [], PLANTED: []}
@@ -124,7 +122,7 @@ def main(
                 "layers": layers,
                 "max_regression": max_regression,
                 "budget_s": budget,
-                "onnxruntime": onnxruntime.__version__,
+                "tools": versions(),
                 "machine": describe_machine(),
                 "baseline": baseline.to_dict(),
                 "summary": summaries,

@@ -20,9 +20,12 @@ from collections.abc import Mapping
 
 from pe_onnx.graph_nodes import GraphNodes, Node
 
-ENCODING, ATTENTION, PROJECTIONS, NORMS, MASKS, REST = (
-    *("encoding", "attention", "projections", "norms", "masks and lengths", "rest"),
-)
+ENCODING = "encoding"
+ATTENTION = "attention"
+PROJECTIONS = "projections"
+NORMS = "norms"
+MASKS = "masks and lengths"
+REST = "rest"
 PARTS = (ENCODING, ATTENTION, PROJECTIONS, NORMS, MASKS, REST)
 
 OWN_DOMAIN = "pe_onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from pe_onnx.attribution import ENCODING
 from pe_onnx.bench_report import BenchReport, Decode, Figures
 from pe_onnx.operator_times import Profile
 
@@ -135,11 +136,20 @@ def _operators(profile: Profile) -> Table:
     rows = [
         [o.operator, o.part, str(o.nodes), f"{o.us:,.0f}", f"{o.share:.1%}"] for o in profile.operators[:TOP_OPERATORS]
     ]
-    rest = profile.operators[TOP_OPERATORS:]
-    if rest:
-        us, share = sum(o.us for o in rest), sum(o.share for o in rest)
-        rows.append([f"{len(rest)} others", UNKNOWN, str(sum(o.nodes for o in rest)), f"{us:,.0f}", f"{share:.1%}"])
+    for name, part, nodes, us, share in others(profile, TOP_OPERATORS):
+        rows.append([name, part or UNKNOWN, str(nodes), f"{us:,.0f}", f"{share:.1%}"])
     return Table(f"Time by operator, {phase_name(profile)}", columns, rows, {"operator", "part"})
+
+
+def others(profile: Profile, top: int) -> list[tuple[str, str, int, float, float]]:
+    """What comes after the ``top`` costliest operators, the encoding's and the rest: (name, part, nodes, us, share)."""
+    rest = profile.operators[top:]
+    sides = [(ENCODING, [o for o in rest if o.part == ENCODING]), ("", [o for o in rest if o.part != ENCODING])]
+    return [
+        (f"{len(side)} others", part, sum(o.nodes for o in side), sum(o.us for o in side), sum(o.share for o in side))
+        for part, side in sides
+        if side
+    ]
 
 
 def phase_name(profile: Profile) -> str:

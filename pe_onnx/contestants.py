@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -130,24 +130,3 @@ def check_memory(bundle: Bundle, tokens: int) -> None:
 def random_tokens(count: int, vocab_size: int) -> list[int]:
     """Token ids, the same at each call."""
     return np.random.default_rng(SEED).integers(0, vocab_size, count).tolist()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a time depends on besides the code: system, machine, cores, processor where the system says it."""
-    import os
-    import platform
-
-    processor = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }

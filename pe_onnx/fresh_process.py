@@ -15,11 +15,12 @@ from pe_onnx.errors import BundleError, PeOnnxError
 
 CHILD = """
 import importlib, json, sys
-sys.path[:] = json.loads(sys.argv[1])
+path, function, arguments = json.load(sys.stdin)
+sys.path[:] = path
 from pe_onnx.errors import PeOnnxError
-module, name = sys.argv[2].split(":")
+module, name = function.split(":")
 try:
-    result = {"value": getattr(importlib.import_module(module), name)(**json.loads(sys.argv[3]))}
+    result = {"value": getattr(importlib.import_module(module), name)(**arguments)}
 except PeOnnxError as error:
     result = {"error": type(error).__name__, "text": str(error)}
 print("\\n" + json.dumps(result))
@@ -31,8 +32,8 @@ def call_fresh(function: str, **arguments: Any) -> Any:
 
     Raises what the function raised of our own errors, and BundleError where the process died.
     """
-    command = [sys.executable, "-c", CHILD, json.dumps(sys.path), function, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    given = json.dumps([sys.path, function, arguments])  # a prompt may be longer than an argument can be
+    done = subprocess.run([sys.executable, "-c", CHILD], input=given, capture_output=True, text=True)
     try:
         if done.returncode:
             raise ValueError

@@ -20,12 +20,12 @@ from pe_onnx.contestants import (
     Contestant,
     cache_bytes,
     check_memory,
-    describe_machine,
     random_tokens,
 )
 from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh, status_bytes
 from pe_onnx.intervals import Estimate, median_interval, percentile, ratio_interval
+from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
 from pe_onnx.operator_times import profile as profile_bundle
 from pe_onnx.session import MAX_THREADS, resolve_provider
 from pe_onnx.turns import Seconds, Turns, in_turns
@@ -121,7 +121,7 @@ def bench(
         precision=precision,
         contestants=figures,
         machine=describe_machine(),
-        tools=_tools(TORCH in others),
+        tools=versions((*RUNTIME_PACKAGES, *(("torch", "transformers") if TORCH in others else ()))),
     )
     progress("prefill")
     calls = {name: _prompt_call(contestant, prompt) for name, contestant in contestants.items()}
@@ -259,20 +259,6 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
     short = [TORCH if each == TORCH else Path(each).resolve().name for each in folders]
     long = [str(each) if short.count(name) > 1 else name for name, each in zip(short, folders, strict=True)]
     return [name if long.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(long)]
-
-
-def _tools(torch: bool) -> dict[str, str]:
-    import importlib.metadata
-
-    from pe_onnx import __version__
-
-    tools: dict[str, str] = {"pe-onnx": __version__}
-    for name in ("onnxruntime", "onnxruntime-gpu", *(("torch", "transformers") if torch else ())):
-        try:
-            tools[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return tools
 
 
 def _check(

@@ -12,7 +12,7 @@ from typing import Any
 
 from pe_onnx.attribution import ATTENTION, ENCODING, MASKS, NORMS, PROJECTIONS, REST
 from pe_onnx.bench_report import BenchReport
-from pe_onnx.bench_tables import phase_name
+from pe_onnx.bench_tables import others, phase_name
 from pe_onnx.errors import ConfigError, did_you_mean, needs
 from pe_onnx.operator_times import Profile
 
@@ -131,16 +131,16 @@ def _decode(axes: Any, report: BenchReport) -> None:
     axes.set_ylabel("decode, ms per token")
     axes.set_title("Decode step, median and its 95 % interval", fontsize=10.5, loc="left")
     if len(report.contestants) > 1:
-        axes.legend(frameon=False, labelcolor=INK)
+        columns = min(len(report.contestants), 4)
+        place = "outside lower left"  # where no line of the grid goes through it
+        axes.figure.legend(loc=place, ncols=columns, frameon=False, labelcolor=INK)
     else:
         axes.annotate(report.contestants[0].name, (0.02, 0.96), xycoords="axes fraction", va="top", color=STYLES[0][0])
 
 
 def _operators(axes: Any, profile: Profile) -> None:
     shown = [(o.operator, o.part, o.us, o.share) for o in profile.operators[:TOP_OPERATORS]]
-    rest = profile.operators[TOP_OPERATORS:]
-    if rest:
-        shown.append((f"{len(rest)} others", "", sum(o.us for o in rest), sum(o.share for o in rest)))
+    shown += [(name, part, us, share) for name, part, _, us, share in others(profile, TOP_OPERATORS)]
     ms = [us / 1000 for _, _, us, _ in shown]
     bars = axes.barh(range(len(shown)), ms, color=[PART_COLOURS.get(part, INK) for _, part, _, _ in shown], height=0.7)
     labels = [f" {share:.1%}{', ' + part if part else ''}" for _, part, _, share in shown]

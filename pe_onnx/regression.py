@@ -19,11 +19,12 @@ from typing import Any
 
 from pe_onnx.baselines import baseline_key, read_baselines, write_baselines
 from pe_onnx.bundle import Bundle, read_bundle
-from pe_onnx.contestants import BundleContestant, describe_machine, random_tokens
+from pe_onnx.contestants import BundleContestant, random_tokens
 from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh
+from pe_onnx.machine import describe_machine, versions
 from pe_onnx.relative import MEASURES, Relative
-from pe_onnx.session import MAX_THREADS, onnxruntime, resolve_provider
+from pe_onnx.session import MAX_THREADS, resolve_provider
 from pe_onnx.yardstick import Sizes, Yardstick
 
 __all__ = [
@@ -116,9 +117,8 @@ def measure(
             )
         )
     ratios = {name: [one[name] for one in samples] for name in MEASURES}
-    tools = {"onnxruntime": onnxruntime.__version__, **{k: str(v) for k, v in bundle.manifest["tools"].items()}}
     clock = "processor" if _by_processor(resolved, threads) else "wall"
-    return Relative(resolved, threads, clock, sizes, ratios, tools, describe_machine())
+    return Relative(resolved, threads, clock, sizes, ratios, versions(), describe_machine())
 
 
 def sizes_of(bundle: Bundle) -> Sizes:
@@ -226,9 +226,10 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
     text = f"{bundle}: {_words(changes)}, {max_regression:.0%} allowed"
     if first is not None:
         text += f"; a first measurement said {_words(first)}" if passed else ", confirmed by a second measurement"
-    then, now = (relative.tools.get("onnxruntime") for relative in (baseline, measured))
-    if then != now:
-        text += f"; the baseline is of onnxruntime {then}, this is {now}"
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        then, now = baseline.tools.get(name), measured.tools.get(name)
+        if then and now and then != now:
+            text += f"; the baseline is of {name} {then}, this is {now}"
     if baseline.machine.get("processor") != measured.machine.get("processor"):
         text += "; the baseline is of another machine"
     return Regression(

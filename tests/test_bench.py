@@ -155,6 +155,33 @@ def test_pytorch_decodes_what_the_bundle_decodes(bundles: Bundles, t5: Path) -> 
     np.testing.assert_allclose(cache.decode([7])[0], step[0, -1].detach().numpy(), atol=1e-4)
 
 
+def test_a_cache_of_transformers_is_filled_and_put_back(bundles: Bundles) -> None:
+    """To the tokens it is filled from, the step is that of the whole text; deeper, it is the same step again."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pe_onnx.contestants import STEP_TOKEN, random_tokens
+    from pe_onnx.eager import SEEDED_TOKENS, TransformersContestant, eager
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    contestant = eager(read_bundle(bundles("rope")), model, "torch", 1, None)
+    assert isinstance(contestant, TransformersContestant)
+    text = [*random_tokens(SEEDED_TOKENS, 64), STEP_TOKEN]
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([text])).logits[0, -1]
+        contestant.begin(SEEDED_TOKENS)
+        np.testing.assert_allclose(contestant._run([STEP_TOKEN], contestant.cache)[0, -1], whole, atol=1e-5)
+        contestant.begin(50)
+        contestant.step()
+        assert contestant.cache.get_seq_length() == 51
+        contestant.step()
+        assert contestant.cache.get_seq_length() == 51
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"depths": ()}, "depths"),
     ({"depths": (0,)}, "depths = 0"),
