@@ -7,15 +7,16 @@ stored with a baseline: a bundle that has changed is measured against the same w
 
 What was tried, on two cores that other processes kept busy (spread over fresh processes, 5 layers of preset small):
 
-- onnxruntime's MatMul or numpy's: numpy's threads can be set before it is imported only and wait spinning, which took
-  15 times as long on busy cores and spread by 120 %; with one thread it took twice as long as onnxruntime's and
-  spread as much. onnxruntime's has the threads of its session.
+- onnxruntime's MatMul or numpy's: numpy's threads can be set before it is imported only and wait spinning; on busy
+  cores they took 15 times as long and spread by 120 %. With one thread numpy took half of onnxruntime's time, which a
+  bundle's products take as well: it is bound by something else. onnxruntime's has the threads of its session.
 - wall or processor time: a step of 8 ms on busy cores is preempted about once whatever its length, so that 20 % more
-  work read as 8 % more wall time, spread by 11 %; in processor time as 15 to 19 %, spread by 2 to 6 %.
-- one thread or two: with two, ratios of wall times spread by 8 to 36 %, and processor time counts the waiting too.
+  work read as 8 % more wall time, spread by 11 %; in processor time as 14 to 21 %, spread by 2 to 6 %.
+- one thread or two: with two, ratios of wall times spread by 8 to 36 %, whether waiting threads spin or not, and
+  processor time counts the waiting too.
 - neighbours' ratios or quotients of medians, quartiles or least times: the first spread least for prompts (3 % against
   11 to 16 %), since cores change their speed for longer than a step, and as little as any for steps.
-- one process or several: in each, pages fall elsewhere, and one in ten is off by 10 % or more throughout: the median is
+- one process or several: in each, pages fall elsewhere, and one in five is off by a tenth throughout: the median is
   taken over several.
 """
 
