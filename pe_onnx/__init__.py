@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from pe_onnx.checking import check
     from pe_onnx.exporter import export
     from pe_onnx.generate import load
+    from pe_onnx.latency import bench
     from pe_onnx.parity import check_parity
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check", "check_parity", "custom_ops", "export", "load"]
+__all__ = ["__version__", "bench", "check", "check_parity", "custom_ops", "export", "load"]
 
 _HOME = {
+    "bench": "pe_onnx.latency",
     "check": "pe_onnx.checking",
     "check_parity": "pe_onnx.parity",
     "export": "pe_onnx.exporter",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,6 +153,27 @@ class KVCache(ABC):
         self.batch_size = len(parents)
         return moved
 
+    def fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
+        """Random keys and values in ``tokens`` slots of every row of an empty cache, for measuring: what a step costs
+        does not depend on their values. Returns a function that takes the cache back to this state after steps.
+
+        Raises InputError for more tokens than a row may hold.
+        """
+        self._check_length(tokens)
+        back = self._fill(tokens, rng)
+        held = [[0] * tokens for _ in range(self.batch_size)]
+
+        def restore() -> None:
+            back()
+            self.lengths[:] = tokens
+            for b, row in enumerate(held):
+                del self.tokens[b][tokens:]
+                if len(self.tokens[b]) < tokens:
+                    self.tokens[b] = list(row)
+
+        restore()
+        return restore
+
     def reserve(self, tokens: int) -> None:  # noqa: B027
         """Make room for ``tokens`` a row ahead of time, where the cache is preallocated."""
 
@@ -176,6 +197,10 @@ class KVCache(ABC):
     @abstractmethod
     def _take_rows(self, parents: Array) -> int:
         """Keys and values of row b become those of row ``parents[b]``; there may be more rows then. Returns bytes."""
+
+    @abstractmethod
+    def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
+        """Random keys and values in the first slots; a function that puts back what a step replaces."""
 
     @abstractmethod
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]: ...

@@ -6,6 +6,7 @@ a step writes one slot. ``GrowingCache`` serves the ``portable`` target: every s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ class InPlaceCache(KVCache):
             self._positions.bind(self._step, "position_ids")
         self._logits.bind(self._step, "logits", output=True)
         self._bind_cache(self._step, 0, len(self._ids.host))
+
+    def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
+        self.reserve(tokens)
+        for buffer in self.buffers:
+            _, K, _, D = buffer.shape
+            buffer.host[:, :, :tokens] = rng.standard_normal((K, tokens, D), np.float32)
+            buffer.upload()
+        return lambda: None  # a step writes behind them
 
     def _take_rows(self, parents: Array) -> int:
         if len(parents) != self.batch_size:
@@ -198,6 +207,19 @@ class GrowingCache(KVCache):
     @property
     def nbytes(self) -> int:
         return self.mask.size * self.session.bundle.cache_bytes_per_token
+
+    def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
+        B, filled = self.batch_size, []
+        for K, D in (cache for cache in self.session.bundle.caches for _ in range(2)):
+            values = rng.standard_normal((B, K, tokens, D), np.float32).astype(self.session.bundle.cache_dtype)
+            filled.append(self.session.empty(values.shape, values.dtype))
+            filled[-1].update_inplace(values)
+        mask = np.ones((B, tokens), np.int64)
+
+        def put_back() -> None:
+            self._past, self.mask = list(filled), mask
+
+        return put_back
 
     def _take_rows(self, parents: Array) -> int:
         if np.array_equal(parents, np.arange(self.batch_size)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,8 @@ class Session:
 
     provider: ``cpu``, ``cuda``, ``auto`` or onnxruntime's own name; the CPU runs what another has no kernel for.
     threads: of one operator, 0 for one a physical core. options: onnxruntime's session configuration. optimize: False,
-    or one of LEVELS; True is ``all``. graph: its file, by default the decoder.
+    or one of LEVELS; True is ``all``. graph: its file, by default the decoder. profile: where onnxruntime
+    puts its profile, the beginning of a path; ``end_profile`` ends it.
     Raises ProviderError where the provider cannot be had, ConfigError for threads or a level that are none, BundleError
     where onnxruntime refuses the model.
     """
@@ -95,6 +97,7 @@ class Session:
         options: Mapping[str, str] | None = None,
         optimize: bool | str = True,
         graph: str | None = None,
+        profile: Path | None = None,
     ) -> None:
         wanted = resolve_provider(provider)
         if not 0 <= threads <= MAX_THREADS:
@@ -108,6 +111,9 @@ class Session:
         session_options.graph_optimization_level = LEVELS[level]
         for key, value in (options or {}).items():
             session_options.add_session_config_entry(key, value)
+        if profile is not None:
+            session_options.enable_profiling = True
+            session_options.profile_file_prefix = str(profile)
         self.bundle = bundle
         self.model = bundle.folder / (graph or bundle.model.name)
         self.inputs, self.outputs = bundle.graphs[self.model.name]
@@ -163,6 +169,10 @@ class Session:
             return self.inference.run(None, dict(feeds))
         except Exception as error:
             raise self._failed("run", error) from error
+
+    def end_profile(self) -> Path:
+        """The file of onnxruntime's profile, a JSON list of events."""
+        return Path(self.inference.end_profiling())
 
     def _failed(self, what: str, error: Exception) -> BundleError:
         reason = str(error).strip().split("\n", 1)[0]

@@ -13,7 +13,8 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "tolerance"),
+    ("discovery", "config", "contract", "tolerance", "intervals", "graph_nodes", "fresh_process", "machine"),
+    ("attribution", "turns"),
     ("bundle",),
     ("session",),
     ("custom_ops",),
@@ -29,14 +30,18 @@ LAYERS = [
     ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
     ("beam_search",),
-    ("generate",),
+    ("generate", "contestants", "yardstick"),
+    ("operator_times", "relative"),
+    ("bench_report", "baselines"),
+    ("bench_tables",),
     ("exposed", "divergence"),
     ("angles", "session_matrix"),
     ("reference", "parity_modes", "parity_report", "twin"),
     ("replay", "blame"),
     ("seq2seq_parity",),
-    ("parity", "bench"),
-    ("latency", "regression", "bisection"),
+    ("eager",),
+    ("parity", "latency", "regression"),
+    ("plots", "bisection"),
     ("named_reference", "report_files", "check_report"),
     ("suite", "check_junit", "check_markdown"),
     ("check_parts",),
@@ -52,6 +57,8 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 RUNTIME = (
     *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
     *("tokenizer", "sampling", "beam_search", "generate"),
+    *("machine", "intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants", "operator_times"),
+    *("yardstick", "relative", "baselines", "regression", "bench_report", "bench_tables"),
 )
 """Never import the export half; what stands above them does, inside functions."""
 

@@ -67,6 +67,17 @@ def test_the_commands_of_the_runtime_half_need_no_export_half(bundles: Bundles) 
         assert expected in result.stdout
 
 
+def test_the_bench_needs_neither_the_export_half_nor_a_plotting_package(bundles: Bundles, tmp_path: Path) -> None:
+    quick = ("--depths", "8", "--prompt-tokens", 5, "--budget", 0.1, "--threads", 1)
+    result = without(EXPORT_HALF | {"matplotlib"}, MAIN, "bench", bundles("rope"), *quick, "--profile")
+    assert result.returncode == 0, result.stderr
+    assert "RotaryEmbedding encoding" in " ".join(result.stdout.split())
+    plot = ("--plot", tmp_path / "figure.png")
+    refused(without({"matplotlib"}, MAIN, "bench", bundles("rope"), *quick, *plot), 2, "pip install 'pe-onnx[plot]'")
+    torch = ("--compare", "torch")
+    refused(without({"torch"}, MAIN, "bench", bundles("rope"), *quick, *torch), 2, "pip install 'pe-onnx[export]'")
+
+
 def test_a_byte_bundle_needs_no_tokenizer_package(bundles: Bundles) -> None:
     result = without({"tokenizers", "jinja2"}, MAIN, "generate", bundles("rope"), "hello", "-n", 4)
     assert result.returncode == 0, result.stderr

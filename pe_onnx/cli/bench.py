@@ -1,0 +1,115 @@
+"""Measure load, first token, prefill, decode, memory, and what the encoding costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+
+if TYPE_CHECKING:
+    from pe_onnx.bench_report import BenchReport
+
+
+@click.command()
+@bundle_argument
+@click.option("--depths", default="128,1024", metavar="N,N,...", show_default=True, help="Tokens in the cache.")
+@click.option("--prompt-tokens", default=128, metavar="N", show_default=True, help="Of prefill and first token.")
+@click.option("--source-tokens", type=int, metavar="N", help="Of an encoder-decoder's source. [--prompt-tokens]")
+@click.option("--budget", default=30.0, metavar="S", show_default=True, help="Seconds for all that is timed.")
+@click.option("--precision", default="3%", metavar="P", show_default=True, help="Half width of intervals to reach.")
+@click.option("--profile", is_flag=True, help="Share of time by operator, and of the encoding.")
+@click.option("--compare", multiple=True, metavar="torch|DIR", help="In turns with it; may be given again.")
+@click.option("--reference", metavar="PATH", help="The checkpoint of --compare torch, where it is not where it was.")
+@click.option("--csv", "csv_file", metavar="FILE", help="Every figure in a row.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="The tables in Markdown.")
+@click.option("--plot", "plots", multiple=True, metavar="FILE", help="A figure, .png or .svg; may be given again.")
+@provider_option
+@threads_option
+@json_option
+def command(
+    bundle: str,
+    depths: str,
+    prompt_tokens: int,
+    source_tokens: int | None,
+    budget: float,
+    precision: str,
+    profile: bool,
+    compare: tuple[str, ...],
+    reference: str | None,
+    csv_file: str | None,
+    markdown_file: str | None,
+    plots: tuple[str, ...],
+    provider: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure a bundle, and others in turns with it.
+
+    Each measurement ends when the 95 % interval of its median is within --precision, or when its share of --budget is
+    out; the table says which. Peak memory and load time are those of processes of their own.
+    """
+    from pe_onnx.cli._options import parse_counts, parse_share, stages, writable
+
+    counts = parse_counts(depths, "--depths")
+    share = parse_share(precision, "--precision")
+    files = [writable(path) for path in (csv_file, markdown_file, *plots) if path is not None]
+    if plots:
+        from pe_onnx.plots import check_plot
+
+        for path in plots:
+            check_plot(path)
+    from pe_onnx.bench_tables import markdown
+    from pe_onnx.latency import bench
+
+    total = 3 + 2 * (1 + len(compare)) + len(counts)
+    with stages(total, "bench") as progress:
+        report = bench(
+            bundle,
+            provider=provider,
+            threads=threads,
+            depths=counts,
+            prompt_tokens=prompt_tokens,
+            source_tokens=source_tokens,
+            budget_s=budget,
+            precision=share,
+            profile=profile,
+            compare=compare,
+            reference=reference,
+            progress=progress,
+        )
+    texts = [text() for name, text in ((csv_file, report.to_csv), (markdown_file, lambda: markdown(report))) if name]
+    for file, text in zip(files, texts, strict=False):
+        file.write_text(text, "utf-8")
+    if plots:
+        from pe_onnx.plots import draw
+
+        for plot in plots:
+            draw(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _print(report)
+
+
+def _print(report: BenchReport) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pe_onnx.bench_tables import summary, tables
+
+    console = Console()
+    for figures in tables(report):
+        title = escape(figures.title)
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for name in figures.columns:
+            table.add_column(
+                name, justify="left" if name in figures.left else "right", no_wrap=name not in figures.left
+            )
+        for row in figures.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        console.print()
+    console.print(escape(summary(report)), style="dim", highlight=False)

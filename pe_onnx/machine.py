@@ -1,0 +1,36 @@
+"""What a time depends on besides the code: the machine, and the versions of what runs on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """System, machine, cores, and the processor's name where the system says it."""
+    processor = platform.processor()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor,
+        "cores": os.cpu_count(),
+    }
+
+
+def versions(packages: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:
+    """Of pe-onnx, Python, and those of the packages that are installed."""
+    from pe_onnx import __version__
+
+    found = {"pe-onnx": __version__, "python": platform.python_version()}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
