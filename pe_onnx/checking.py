@@ -194,9 +194,10 @@ def _write_baseline(report: CheckReport, file: Path, entries: dict[str, Any]) ->
     from pe_onnx.regression import write_baselines
 
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_baselines(file, entries)
         report.baseline_written = str(file)
-    except PeOnnxError as error:
+    except (PeOnnxError, OSError) as error:
         for check in report.checks:
             for finding in check.of("regression"):
                 if finding.name == check_parts.BASELINE:

@@ -12,9 +12,9 @@ STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Make the folders above a report, and try its place. Raises ConfigError, which names the option.
+    """Try the place of a report, and leave nothing there. Raises ConfigError, which names the option.
 
-    What is no plain file, such as /dev/stdout, is taken as it is.
+    What is no plain file, such as /dev/stdout, is taken as it is; folders that are missing will be made.
     """
     try:
         if path.is_dir():
@@ -22,8 +22,8 @@ def check_writable(path: Path, option: str) -> None:
         if path.exists() and not path.is_file():
             return
         place = path.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        trial = _beside(place)
+        above = next(folder for folder in place.parents if folder.exists())
+        trial = _beside(above / place.name)
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
@@ -44,6 +44,7 @@ def write_report(path: Path, text: str) -> None:
         if summary and place.is_file() and place == Path(summary).resolve():
             before = place.read_text("utf-8")
             text = before + ("\n" if before and not before.endswith("\n") else "") + text
+        place.parent.mkdir(parents=True, exist_ok=True)
         partial = _beside(place)
         try:
             with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:

@@ -262,8 +262,9 @@ def test_the_baseline_is_written_but_not_of_what_is_broken(
 
 
 def test_a_new_baseline(rope: Path, parts: Parts, tmp_path: Path) -> None:
-    pe_onnx.check([rope], baseline=tmp_path / "new.json", update_baseline=True, matrix=False, **SHORT)
+    pe_onnx.check([rope], baseline=tmp_path / "new" / "b.json", update_baseline=True, matrix=False, **SHORT)
     assert parts.written == {"rope@cpu": {"of": "rope"}}
+    assert (tmp_path / "new").is_dir()
 
 
 def test_a_baseline_that_cannot_be_written_loses_no_report(

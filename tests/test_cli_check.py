@@ -258,6 +258,7 @@ MISTAKES = [
     ("'none/*'", ["none/*", "matches no folder"]),
     ("bundles/rope --suite nothing.toml", ["nothing.toml", "No such file"]),
     ("bundles/rope --modes stps", ["'stps'", "did you mean 'steps'?"]),
+    ("bundles/rope --modes stps --json new/folder/r.json", ["'stps'"]),
     ("bundles/rope --modes steps,,whole", ["--modes", "'steps,,whole'"]),
     ("bundles/rope --modes ''", ["--modes"]),
     ("bundles/rope --provider cpp", ["'cpp'", "cpu"]),

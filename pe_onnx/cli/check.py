@@ -71,7 +71,7 @@ def _file(*names: str, **options: Any) -> Any:
 @click.option("--length", type=int, metavar="N", help="Tokens of each random row of parity. [160]")
 @click.option("--seed", type=int, metavar="N", help="Of the random rows. [0]")
 @click.option(
-    *("--schema",),
+    "--schema",
     is_flag=True,
     is_eager=True,
     expose_value=False,
@@ -102,7 +102,7 @@ def command(
     _require_consistent(settings, update_baseline)
     reports = {"--json": json_file, "--junit": junit_file, "--markdown": markdown_file}
     _require_writable({**reports, **({"--baseline": settings["baseline"]} if update_baseline else {})})
-    total = len(entries) * len(settings.get("providers", "1")) * len(PARTS)
+    total = len(entries) * len(settings.get("providers", ("cpu",))) * len(PARTS)
     with stages(total, "check") as progress:
         report = check(
             entries,
