@@ -168,3 +168,9 @@ def test_a_providers_own_name_is_taken(bundles: Bundles) -> None:
     bundle = read_bundle(bundles("rope"))
     assert Session(bundle, AZURE).inference.get_providers() == [AZURE, "CPUExecutionProvider"]
     assert Session(bundle, "CPUExecutionProvider").inference.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(("optimize", "level"), [(True, "all"), (False, "off"), *((name, name) for name in LEVELS)])
+def test_a_level_is_what_the_session_runs_with(bundles: Bundles, optimize: bool | str, level: str) -> None:
+    session = Session(read_bundle(bundles("rope")), threads=1, optimize=optimize)
+    assert session.inference.get_session_options().graph_optimization_level == LEVELS[level]
