@@ -107,26 +107,11 @@ def caught(check: BundleCheck, part: str) -> Iterator[None]:
         )
 
 
-def known_modes(bundle: Bundle | None = None) -> list[str]:
-    """All modes of parity, or those that a bundle's target and kind allow."""
-    from pe_onnx import seq2seq_parity
-    from pe_onnx.parity import GREEDY
-    from pe_onnx.parity_modes import MODES
-
-    names = [seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS]
-    if bundle is None:
-        return names
-    left_out = set() if bundle.crossing is not None else set(seq2seq_parity.MODES)
-    if bundle.target == "ort":  # takes compact rows only
-        left_out |= {name for name in names if name.endswith("_padding")}
-    return [name for name in names if name not in left_out]
-
-
 def parity(check: BundleCheck, subject: Subject) -> None:
     """Every mode against PyTorch; where one fails, where the two sides part first."""
-    from pe_onnx.parity import check_parity
+    from pe_onnx.parity import check_parity, modes_of
 
-    legal = known_modes(subject.bundle)
+    legal = modes_of(subject.bundle)
     wanted = [mode for mode in subject.modes or legal if mode in legal]
     for left_out in (mode for mode in subject.modes or () if mode not in legal):
         why = f"not for this bundle, which takes {', '.join(legal)}"

@@ -238,17 +238,17 @@ def _require(
     max_regression: float,
 ) -> None:
     """Raises ConfigError for what no bundle could be checked with."""
+    from pe_onnx.parity import ALL_MODES
     from pe_onnx.session import MAX_THREADS
 
-    known = check_parts.known_modes()
     if not entries:
         raise ConfigError("no bundle given")
     for mode in [*(modes or ()), *(mode for entry in entries for mode in entry.modes or ())]:
-        if mode not in known:
-            hint = did_you_mean(mode, known)
-            raise ConfigError(f"unknown mode {mode!r}{hint} (known: {', '.join(known)})")
+        if mode not in ALL_MODES:
+            hint = did_you_mean(mode, ALL_MODES)
+            raise ConfigError(f"unknown mode {mode!r}{hint} (known: {', '.join(ALL_MODES)})")
     if modes is not None and not modes:
-        raise ConfigError(f"no mode given (known: {', '.join(known)})")
+        raise ConfigError(f"no mode given (known: {', '.join(ALL_MODES)})")
     for name, value, good, accepted in (
         ("tolerance", tolerance, tolerance is None or tolerance >= 0, "at least 0"),
         ("length", tokens, tokens is None or tokens >= 2, "at least 2 tokens"),

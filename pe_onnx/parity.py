@@ -249,17 +249,24 @@ def _greedy(open_cache: Opener, rows: list[Array], expected: Expected) -> Iterat
             yield Pair(b, len(prompt) - 1 + i, have, cache, 0), want[i]
 
 
+ALL_MODES = (seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS)
+
+
+def modes_of(bundle: Bundle) -> list[str]:
+    """The modes that a bundle's target and kind allow, in their order."""
+    left_out = set() if bundle.crossing is not None else set(seq2seq_parity.MODES)
+    if bundle.target == "ort":  # takes compact rows only
+        left_out |= {mode for mode in ALL_MODES if mode.endswith("_padding")}
+    return [mode for mode in ALL_MODES if mode not in left_out]
+
+
 def _modes(bundle: Bundle, wanted: Sequence[str] | None) -> list[str]:
-    """The modes that were asked for, by default all that the target allows. Raises ConfigError for an unknown one."""
-    own = () if bundle.crossing is None else seq2seq_parity.MODES
-    known = [*own, *MODES, GREEDY]
+    """The modes that were asked for, by default all that the bundle allows. Raises ConfigError for an unknown one."""
+    known = [mode for mode in ALL_MODES if bundle.crossing is not None or mode not in seq2seq_parity.MODES]
     for mode in wanted or ():
         if mode not in known:
             raise ConfigError(f"unknown mode {mode!r}{did_you_mean(mode, known)} (known: {', '.join(known)})")
-    if wanted:
-        return list(wanted)
-    names = (*MODES, GREEDY) if not own else (seq2seq_parity.ENCODER, *MODES, GREEDY, seq2seq_parity.BEAMS)
-    return [m for m in names if bundle.target == "portable" or not m.endswith("_padding")]
+    return list(wanted) if wanted else modes_of(bundle)
 
 
 def resolve_reference(bundle: Bundle, reference: Any = None) -> tuple[Any, str]:

@@ -40,11 +40,10 @@ def to_onnx(
 ) -> ir.Model:
     """The ONNX model in memory, weights still the module's own. limit: tokens the encoding can take."""
     with _named_failures():
-        translated = _translate(part, limit, progress)
-        model = translated.model
+        model, program = _translate(part, limit, progress)
         _check_operators(model, target)
         progress("optimize")
-        ScopedNames(scoped_names(translated.exported_program.graph))(model)
+        ScopedNames(scoped_names(program.graph))(model)
         TransposedWeights()(model)
         InlinePass()(model)
         optimizer.fold_constants(model)
@@ -69,10 +68,11 @@ def to_onnx(
 def to_program(part: Part) -> torch.export.ExportedProgram:
     """The operations that the ONNX model was translated from, to be run in PyTorch one by one."""
     with _named_failures():
-        return _translate(part, None, lambda stage: None).exported_program
+        return _translate(part, None, lambda stage: None)[1]
 
 
-def _translate(part: Part, limit: int | None, progress: Progress) -> torch.onnx.ONNXProgram:
+def _translate(part: Part, limit: int | None, progress: Progress) -> tuple[ir.Model, torch.export.ExportedProgram]:
+    """The ONNX model as it was translated, and the program of which."""
     progress("trace")
     with torch.no_grad():
         program = torch.export.export(part.module, part.args, dynamic_shapes=part.dynamic_shapes, strict=False)
@@ -89,7 +89,8 @@ def _translate(part: Part, limit: int | None, progress: Progress) -> torch.onnx.
         verbose=False,
     )
     assert translated is not None
-    return translated
+    assert translated.exported_program is not None
+    return translated.model, translated.exported_program
 
 
 @contextmanager

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -46,18 +45,6 @@ def parse_assignments(items: Any, where: str) -> dict[str, str]:
     return result
 
 
-def prompt_rows(bundle: str, prompts: Sequence[str]) -> list[list[int]] | None:
-    """Token ids of texts, None for no texts. Raises what reading the bundle's tokenizer raises."""
-    if not prompts:
-        return None
-    from pe_onnx.bundle import read_bundle
-    from pe_onnx.tokenizer import load_tokenizer
-
-    read = read_bundle(bundle, verify=False)
-    tokenizer = load_tokenizer(read.folder, read.manifest["tokenizer"])
-    return [tokenizer.encode(prompt) for prompt in prompts]
-
-
 def parse_counts(text: str, where: str) -> list[int]:
     """``128,1024`` to positive numbers. Raises ConfigError."""
     try:
@@ -70,24 +57,13 @@ def parse_counts(text: str, where: str) -> list[int]:
 
 
 def parse_share(text: str, where: str) -> float:
-    """``10%`` or ``0.1`` to 0.1. Raises ConfigError for what is not above 0 and below 1."""
+    """``10%`` or ``0.1`` to 0.1. Raises ConfigError for what is no share."""
+    from pe_onnx import suite
+
     try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        if not 0 < share < 1:
-            raise ValueError
+        return suite.parse_share(text)
     except ValueError:
-        raise ConfigError(f"{where} = {text!r} must be more than 0% and less than 100%, as in 3% or 0.03") from None
-    return share
-
-
-def writable(path: str) -> Path:
-    """A file to write at the end, checked at the beginning. Raises ConfigError."""
-    file = Path(path)
-    if file.is_dir():
-        raise ConfigError(f"output {path} is a folder; name a file")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"output {path} cannot be written: there is no folder {file.parent}")
-    return file
+        raise ConfigError(f"{where} = {text!r} must be {suite.SHARE}") from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--precision", default="3%", metavar="P", show_default=True, help="Half width of intervals to reach.")
 @click.option("--profile", is_flag=True, help="Share of time by operator, and of the encoding.")
 @click.option("--compare", multiple=True, metavar="torch|DIR", help="In turns with it; may be given again.")
-@click.option("--reference", metavar="PATH", help="The checkpoint of --compare torch, where it is not where it was.")
+@click.option("--reference", metavar="MODEL", help="Of --compare torch: a checkpoint, or package.module:attribute.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Every figure in a row.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="The tables in Markdown.")
 @click.option("--plot", "plots", multiple=True, metavar="FILE", help="A figure, .png or .svg; may be given again.")
@@ -50,11 +51,15 @@ def command(
     Each measurement ends when the 95 % interval of its median is within --precision, or when its share of --budget is
     out; the table says which. Peak memory and load time are those of processes of their own.
     """
-    from pe_onnx.cli._options import parse_counts, parse_share, stages, writable
+    from pe_onnx.cli._comparison import named
+    from pe_onnx.cli._options import parse_counts, parse_share, stages
+    from pe_onnx.report_files import check_writable, write_report
 
     counts = parse_counts(depths, "--depths")
     share = parse_share(precision, "--precision")
-    files = [writable(path) for path in (csv_file, markdown_file, *plots) if path is not None]
+    for option, path in (("--csv", csv_file), ("--markdown", markdown_file), *(("--plot", plot) for plot in plots)):
+        if path is not None:
+            check_writable(Path(path), option)
     if plots:
         from pe_onnx.plots import check_plot
 
@@ -76,12 +81,13 @@ def command(
             precision=share,
             profile=profile,
             compare=compare,
-            reference=reference,
+            reference=named(reference),
             progress=progress,
         )
-    texts = [text() for name, text in ((csv_file, report.to_csv), (markdown_file, lambda: markdown(report))) if name]
-    for file, text in zip(files, texts, strict=False):
-        file.write_text(text, "utf-8")
+    if csv_file is not None:
+        write_report(Path(csv_file), report.to_csv())
+    if markdown_file is not None:
+        write_report(Path(markdown_file), markdown(report))
     if plots:
         from pe_onnx.plots import draw
 

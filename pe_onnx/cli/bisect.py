@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+from pe_onnx.cli._comparison import comparison_options
+from pe_onnx.cli._options import bundle_argument, json_option, print_json
 
 if TYPE_CHECKING:
     from pe_onnx.divergence import Divergence
@@ -17,49 +18,23 @@ WIDTH = 160
 
 @click.command()
 @bundle_argument
-@click.option("--reference", metavar="PATH", help="The checkpoint to compare with, where it is not where it was.")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare on this text; several make rows.")
-@click.option("--length", type=int, metavar="N", help="Tokens of each random row. [160]")
-@click.option("--mode", "modes", multiple=True, metavar="NAME", help="Only this mode; may be given again.")
-@click.option("--tolerance", type=float, metavar="X", help="Of the error relative to the spread, for the rule's.")
-@click.option("--seed", default=0, metavar="N", help="Of the random rows.")
-@provider_option
-@threads_option
+@comparison_options
 @json_option
-def command(
-    bundle: str,
-    reference: str | None,
-    prompts: tuple[str, ...],
-    length: int | None,
-    modes: tuple[str, ...],
-    tolerance: float | None,
-    seed: int,
-    provider: str,
-    threads: int,
-    as_json: bool,
-) -> None:
+def command(bundle: str, as_json: bool, **asked: Any) -> None:
     """Find the first layer and operator in which a bundle and PyTorch part, and show what the operator was given.
 
     Parity modes are run in their order up to the first that exceeds its tolerance. Its runs are replayed with the
     values inside the graph exposed, beside the module that the bundle was traced from. Exit code 1 where they part.
     """
     from pe_onnx.bisection import bisect
-    from pe_onnx.cli._options import prompt_rows, stages
+    from pe_onnx.cli._comparison import comparison
+    from pe_onnx.cli._options import stages
     from pe_onnx.errors import ParityError
 
+    options = comparison(bundle, **asked)
     with stages(1, "bisect") as progress:
         progress("PyTorch against onnxruntime")
-        found = bisect(
-            bundle,
-            reference,
-            rows=prompt_rows(bundle, prompts),
-            tokens=length,
-            modes=modes or None,
-            provider=provider,
-            threads=threads,
-            tolerance=tolerance,
-            seed=seed,
-        )
+        found = bisect(bundle, **options)
     if as_json:
         print_json({"bundle": bundle, "divergence": found and found.to_dict()})
     elif found is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pe_onnx.cli._options import stages
+from pe_onnx.cli._options import parse_share, stages
 
 if TYPE_CHECKING:
     from pe_onnx.check_report import BundleCheck, CheckReport
@@ -27,12 +27,7 @@ def _print_schema(ctx: click.Context, option: click.Parameter, wanted: bool) -> 
 
 
 def _share(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    from pe_onnx.suite import SHARE, parse_share
-
-    try:
-        return None if text is None else parse_share(text)
-    except ValueError:
-        raise click.UsageError(f"--max-regression = {text!r} must be {SHARE}") from None
+    return None if text is None else parse_share(text, "--max-regression")
 
 
 def _names(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...] | None:

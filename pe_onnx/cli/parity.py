@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+from pe_onnx.cli._comparison import comparison_options
+from pe_onnx.cli._options import bundle_argument, json_option, print_json
 
 
 @click.command()
 @bundle_argument
-@click.option("--reference", metavar="PATH", help="The checkpoint to compare with, where it is not where it was.")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Compare on this text; several make rows.")
-@click.option("--length", type=int, metavar="N", help="Tokens of each random row. [160]")
-@click.option("--mode", "modes", multiple=True, metavar="NAME", help="Only this mode; may be given again.")
-@click.option("--tolerance", type=float, metavar="X", help="Of the error relative to the spread, for the rule's.")
-@click.option("--seed", default=0, metavar="N", help="Of the random rows.")
-@provider_option
-@threads_option
+@comparison_options
 @json_option
-def command(
-    bundle: str,
-    reference: str | None,
-    prompts: tuple[str, ...],
-    length: int | None,
-    modes: tuple[str, ...],
-    tolerance: float | None,
-    seed: int,
-    provider: str,
-    threads: int,
-    as_json: bool,
-) -> None:
+def command(bundle: str, as_json: bool, **asked: Any) -> None:
     """Compare a bundle with PyTorch on the same tokens: whole, in chunks, token by token, ragged, padded, greedy.
 
     The reference is eager PyTorch in float32: our own decoder again from its seed, or transformers' own model of the
     checkpoint. What is allowed follows from the dtype and the number of layers. Exit code 1 where that is exceeded, or
     where the two sides choose different tokens that are no near-tie.
     """
-    from pe_onnx.cli._options import prompt_rows, stages
+    from pe_onnx.cli._comparison import comparison
+    from pe_onnx.cli._options import stages
     from pe_onnx.errors import ParityError
-    from pe_onnx.parity import DEFAULT_TOKENS, check_parity
+    from pe_onnx.parity import check_parity
 
-    rows = prompt_rows(bundle, prompts)
+    options = comparison(bundle, **asked)
     with stages(1, "parity") as progress:
         progress("PyTorch against onnxruntime")
-        report = check_parity(
-            bundle,
-            reference,
-            rows=rows,
-            tokens=DEFAULT_TOKENS if length is None else length,
-            modes=modes or None,
-            provider=provider,
-            tolerance=tolerance,
-            seed=seed,
-            threads=threads,
-        )
+        report = check_parity(bundle, **options)
     if as_json:
         print_json(report.to_dict())
     else:

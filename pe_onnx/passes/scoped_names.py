@@ -67,17 +67,20 @@ class ScopedNames(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         fixed = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+        beside: Counter[str] = Counter()
         for node in model.graph:
-            own = next((self.names[v.name] for v in node.outputs if v.name in self.names), None)
-            for value in node.outputs:
-                if value.name in self.names and id(value) not in fixed:
-                    value.name = self.names[value.name]
+            found = [(value, name) for value in node.outputs if (name := self.names.get(value.name or "")) is not None]
+            for value, name in found:
+                if id(value) not in fixed:
+                    value.name = name
                     modified = True
-            if own is None:
-                operation = _translated(node)
-                own = f"{self.names[operation]}:{node.op_type}" if operation in self.names else None
-            if own is not None:
-                node.name = own
+            operation = _translated(node)
+            if found:
+                node.name = found[0][1]
+            elif operation in self.names:
+                stem = f"{self.names[operation]}:{node.op_type}"
+                node.name = f"{stem}_{beside[stem]}" if beside[stem] else stem
+                beside[stem] += 1
         return ir.passes.PassResult(model, modified)
 
 
