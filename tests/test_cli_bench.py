@@ -44,7 +44,7 @@ MISTAKES = [
     ("bench", ["DIR"]),
     ("bench {rope} --depths 1,x", ["--depths = '1,x'", "128,1024"]),
     ("bench {rope} --depths 0", ["--depths = '0'"]),
-    ("bench {rope} --precision 0", ["--precision = '0'", "3%"]),
+    ("bench {rope} --precision 0", ["--precision = '0'", "share"]),
     ("bench {rope} --precision 100%", ["--precision = '100%'"]),
     ("bench {rope} --precision x", ["--precision = 'x'"]),
     ("bench {rope} --budget 0", ["budget = 0"]),
