@@ -52,13 +52,17 @@ def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) ->
     """
     ordered = sorted(samples)
     n = len(ordered)
-    left_out, tail = 0, 0.5**n  # samples beyond each end, and the probability that the median lies beyond one end
+    left_out, ways, tail = (
+        0,
+        1,
+        1,
+    )  # samples beyond each end; of 2^n equally likely sides, those on which it lies beyond
     while True:
-        more = tail + math.comb(n, left_out + 1) * 0.5**n
-        if 2 * more > 1 - confidence or 2 * (left_out + 1) >= n:
+        ways = ways * (n - left_out) // (left_out + 1)  # whole numbers: a float ends at a thousand samples
+        if 2 * (tail + ways) / 2**n > 1 - confidence or 2 * (left_out + 1) >= n:
             break
-        left_out, tail = left_out + 1, more
-    return Estimate(statistics.median(ordered), ordered[left_out], ordered[n - 1 - left_out], n, 1 - 2 * tail)
+        left_out, tail = left_out + 1, tail + ways
+    return Estimate(statistics.median(ordered), ordered[left_out], ordered[n - 1 - left_out], n, 1 - 2 * tail / 2**n)
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:

@@ -45,7 +45,7 @@ MISTAKES = [
     ("bench {rope} --depths 1,x", ["--depths = '1,x'", "128,1024"]),
     ("bench {rope} --depths 0", ["--depths = '0'"]),
     ("bench {rope} --precision 0", ["--precision = '0'", "share"]),
-    ("bench {rope} --precision 100%", ["--precision = '100%'"]),
+    ("bench {rope} --precision 100%", ["precision = 1.0"]),
     ("bench {rope} --precision x", ["--precision = 'x'"]),
     ("bench {rope} --budget 0", ["budget = 0"]),
     ("bench {rope} --budget inf", ["budget = inf"]),
@@ -55,7 +55,7 @@ MISTAKES = [
     ("bench {rope} --plot figure.pdf", ["'figure.pdf'", ".png or .svg"]),
     ("bench {rope} --plot nowhere/figure.png", ["nowhere"]),
     ("bench {rope} --csv .", ["is a folder"]),
-    ("bench {rope} --markdown nowhere/x.md", ["nowhere"]),
+    ("bench {rope} --markdown {rope}/manifest.json/x.md", ["cannot be written"]),
     ("bench {rope} --reference {llama}", ["--compare torch"]),
     ("bench {rope} --profle", ["--profle", "--profile"]),
 ]

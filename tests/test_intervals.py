@@ -65,3 +65,12 @@ def test_percentiles_are_samples() -> None:
 def test_another_unit() -> None:
     estimate = median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).scaled(1000)
     assert (estimate.median, *estimate.interval) == (3500, 1000, 6000)
+
+
+def test_thousands_of_samples() -> None:
+    """Binomials of such sizes are beyond a float; the normal approximation says where the ends must be."""
+    for n in (1029, 1031, 5000):
+        estimate = median_interval(list(range(n)))
+        assert abs(estimate.low - (n / 2 - 1.96 * n**0.5 / 2)) <= 2
+        assert estimate.low + estimate.high == n - 1
+        assert 0.95 <= estimate.coverage < 0.96
