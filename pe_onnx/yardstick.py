@@ -13,9 +13,9 @@ What was tried, on two cores that other processes kept busy (spread over fresh p
 - wall or processor time: a step of 8 ms on busy cores is preempted about once whatever its length, so that 20 % more
   work read as 8 % more wall time, spread by 11 %; in processor time as 14 to 21 %, spread by 2 to 6 %.
 - weights as inputs or as constants: constants are packed and take the kernel that a bundle's take. Beside inputs, steps
-  of an unchanged bundle read as 5 % faster to 15 % slower as the load of the machine changed in kind; beside constants,
-  as 2 % faster to as fast. Matrices of equal content onnxruntime holds once, so that all 32 came from the cache in a
-  third of the time: each is another.
+  of an unchanged bundle read as 5 % faster to 15 % slower in 10 runs of the gate, beside constants as 2 % faster to as
+  fast in 5, under less load. Matrices of equal content onnxruntime holds once, so that all 32 came from the cache in
+  a third of the time: each is another.
 - one thread or two: with two, ratios of wall times spread by 8 to 36 %, whether waiting threads spin or not, and
   processor time counts the waiting too.
 - neighbours' ratios or quotients of medians, quartiles or least times: the first spread least for prompts (3 % against
