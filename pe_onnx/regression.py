@@ -92,7 +92,8 @@ def measure(
 
     threads: 0 for one thread and its processor time on the CPU; more are measured in wall time. yardstick: the sizes
     of an earlier measurement; by default those of the bundle. budget_s: after which no further process is started;
-    there are 5 at least and ``processes`` at most. A bundle's weights are in memory twice while this runs.
+    there are 5 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
+    and the yardstick's, both packed too.
 
     Raises ConfigError, ProviderError and BundleError.
     """

@@ -13,7 +13,8 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "tolerance", "intervals", "graph_nodes", "fresh_process", "machine"),
+    ("discovery", "config", "contract", "tolerance", "machine"),
+    ("intervals", "graph_nodes", "fresh_process", "yardstick_model"),
     ("attribution", "turns"),
     ("bundle",),
     ("session",),
@@ -57,8 +58,9 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 RUNTIME = (
     *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
     *("tokenizer", "sampling", "beam_search", "generate"),
-    *("machine", "intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants", "operator_times"),
-    *("yardstick", "relative", "baselines", "regression", "bench_report", "bench_tables"),
+    *("machine", "intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
+    *("operator_times", "yardstick_model", "yardstick", "relative", "baselines", "regression"),
+    *("bench_report", "bench_tables"),
 )
 """Never import the export half; what stands above them does, inside functions."""
 

@@ -70,7 +70,6 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         "pe_onnx/py.typed",
         "pe_onnx/families.json",
         "pe_onnx/check.schema.json",
-        "pe_onnx/yardstick.onnx",
     }
 
 
