@@ -43,6 +43,8 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/bridge.py
 	$(BIN)/python benchmarks/t5.py --readme README.md
+	$(BIN)/python benchmarks/gate.py
+	$(BIN)/python benchmarks/tolerance.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
