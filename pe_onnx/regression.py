@@ -39,8 +39,8 @@ __all__ = [
     "write_baselines",
 ]
 
-DEPTH_TOKENS, PROMPT_TOKENS = 256, 64
-LEAST_PROCESSES, MOST_PROCESSES = 5, 8
+DEPTH_TOKENS, PROMPT_TOKENS = 256, 32
+LEAST_PROCESSES, MOST_PROCESSES = 4, 8
 """The least are started though the budget is out: on a busy machine a verdict takes longer and is no less sure."""
 BASELINE_PROCESSES = 16
 """A baseline's own error is in every verdict: it is worth more processes."""
@@ -92,7 +92,7 @@ def measure(
 
     threads: 0 for one thread and its processor time on the CPU; more are measured in wall time. yardstick: the sizes
     of an earlier measurement; by default those of the bundle. budget_s: after which no further process is started;
-    there are 5 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
+    there are 4 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
     and the yardstick's, both packed too.
 
     Raises ConfigError, ProviderError and BundleError.
