@@ -43,9 +43,9 @@ class _Input:
 class Blame:
     """Of one value that differs."""
 
-    def __init__(self, graph: ExposedGraph, twin: Twin, limit: float, value: str) -> None:
-        """limit: of the relative difference of values that agree."""
-        self.graph, self.twin, self.limit, self.value = graph, twin, limit, value
+    def __init__(self, graph: ExposedGraph, twin: Twin, limit: float, value: str, matched: set[str]) -> None:
+        """limit: of the relative difference of values that agree. matched: names that mean the same on both sides."""
+        self.graph, self.twin, self.limit, self.value, self.matched = graph, twin, limit, value, matched
         node = graph.values[value].producer()
         assert node is not None
         self.node = node
@@ -100,7 +100,7 @@ class Blame:
     def _inputs(self) -> list[_Input]:
         """Inputs with a name that PyTorch knows are their own counterparts; the others stand in the same place."""
         given = self.twin.tensors(self.value)
-        known = {*self.twin.nodes, *self.twin.weights, *self.twin.inputs}
+        known = {*self.matched, *self.twin.weights, *self.twin.inputs}
         inputs = [
             _Input(i, v, v.name if v.name in known else None) for i, v in enumerate(self.node.inputs) if v is not None
         ]

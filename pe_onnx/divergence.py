@@ -9,6 +9,10 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+HUGE = 1e30
+"""Beyond it a number stands for minus infinity in a mask, and says nothing of the size of the others."""
+TINY = float(np.finfo(np.float32).tiny)
+
 
 @dataclass
 class Difference:
@@ -17,7 +21,7 @@ class Difference:
     max_abs: float
     """The greatest absolute difference; infinite where one is not finite and the other is or is another."""
     relative: float
-    """The greatest difference, of the counterpart's root mean square or, where that is greater, of its element.
+    """The greatest difference, of the counterpart's standard deviation or, where that is greater, of its element.
     Infinite where integers or booleans differ at all."""
 
 
@@ -107,18 +111,14 @@ def difference(want: Array, have: Array, considered: Array | None = None) -> Dif
     considered: bool, broadcast over the value: elements that count. Values that differ only in where heads stand,
     ``[B, H, T, D]`` against ``[B, T, H*D]``, are turned first.
     """
-    layouts = [turned for turned in _layouts(want) if turned.shape == have.shape]
-    if not layouts:
+    if want.shape == have.shape:
+        return _difference(want, have, considered)
+    if want.ndim != 4 or not want.size:
         return None
-    found = [_difference(turned, have, considered) for turned in layouts]
-    return min(found, key=lambda d: d.relative)
-
-
-def _layouts(want: Array) -> list[Array]:
-    if want.ndim == 4 and want.size:
-        turned = want.transpose(0, 2, 1, 3)
-        return [want, turned, want.reshape(*want.shape[:2], -1), turned.reshape(*turned.shape[:2], -1)]
-    return [want]
+    turned = want.transpose(0, 2, 1, 3)
+    layouts = (turned, want.reshape(*want.shape[:2], -1), turned.reshape(*turned.shape[:2], -1))
+    found = [_difference(layout, have, considered) for layout in layouts if layout.shape == have.shape]
+    return min(found, key=lambda d: d.relative, default=None)
 
 
 def _difference(want: Array, have: Array, considered: Array | None) -> Difference:
@@ -127,6 +127,7 @@ def _difference(want: Array, have: Array, considered: Array | None) -> Differenc
     with np.errstate(invalid="ignore"):
         apart = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
     apart = np.where(np.isnan(apart), np.inf, apart)
+    apart = np.where((x < -HUGE) & (y < -HUGE), 0.0, apart)  # masked, whatever the number
     if considered is not None and considered.ndim <= x.ndim:
         shaped = considered.reshape(considered.shape + (1,) * (x.ndim - considered.ndim))
         apart = np.where(shaped, apart, 0.0)
@@ -135,9 +136,9 @@ def _difference(want: Array, have: Array, considered: Array | None) -> Differenc
         return Difference(0.0, 0.0)
     if exact:
         return Difference(greatest, float("inf"))
-    finite = x[np.isfinite(x)]
-    rms = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
-    scale = np.maximum(np.where(np.isfinite(x), np.abs(x), 0.0), max(rms, float(np.finfo(np.float32).tiny)))
+    ordinary = np.abs(x) < HUGE
+    size = np.where(ordinary, np.abs(x), 0.0)
+    scale = np.maximum(size, max(float(x[ordinary].std()) if ordinary.any() else 0.0, TINY))
     return Difference(greatest, float((apart / scale).max()))
 
 

@@ -9,6 +9,7 @@ For our own decoder the encodings' operators are the same PyTorch formulas; thes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ with needs("parity", "'pe-onnx[export]'"):
     import torch
 
 from pe_onnx.config import DecoderConfig
+from pe_onnx.contract import CacheShape
 from pe_onnx.models.attention import LayerCache, PlainStep
 from pe_onnx.models.decoder import Decoder
 from pe_onnx.models.exportable import PlainDecoder
@@ -100,6 +102,28 @@ def from_module(module: Any) -> Reference:
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
         output = module(tokens, torch.ones_like(tokens), positions)
         return getattr(output, "logits", output).float().numpy()
+
+    return compute
+
+
+def follows_contract(value: object) -> bool:
+    """Whether it is a module that was, or could be, exported as it is: called with keys and values."""
+    return isinstance(value, torch.nn.Module) and "past_key_values" in signature(value.forward).parameters
+
+
+def of_contract(module: Any, caches: Sequence[CacheShape]) -> Reference:
+    """A module that follows the graph contract, run token by token with a cache of its own."""
+
+    @torch.no_grad()
+    def compute(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        past = [(torch.zeros(len(ids), K, 0, D),) * 2 for K, D in caches]
+        made = []
+        for end in range(1, ids.shape[1] + 1):
+            mask = torch.ones(len(ids), end, dtype=torch.int64)
+            positions = torch.full((len(ids), 1), end - 1)
+            logits, past = module(torch.from_numpy(ids[:, end - 1 : end].copy()), mask, positions, past)
+            made.append(logits[:, -1:].float())
+        return torch.cat(made, 1).numpy()
 
     return compute
 

@@ -39,9 +39,14 @@ class Run:
         if name not in self.bundle or counterpart not in self.twin:
             return None
         have, want = self.bundle[name], self.twin[counterpart]
-        if name.startswith("present."):
+        if name.startswith("present.") and ".encoder." not in name:
             return self._of_cache(want, have)
         return difference(want, have, self._considered(have.shape))
+
+    def first_position(self, slot: int) -> int:
+        """The position of a row's first new token: the tokens before it."""
+        held = int((self.feed.inputs["attention_mask"][slot] != 0).sum())
+        return held - int(self.feed.valid[slot].sum())
 
     def _of_cache(self, want: Array, have: Array) -> Difference | None:
         """Only of slots that hold tokens."""
@@ -144,7 +149,7 @@ class Replay:
         """A run again, with other values exposed. counterparts: further values of PyTorch's side. nodes: the bundle's
         side up to so many nodes only. Raises BundleError where onnxruntime fails."""
         names = list(names)
-        made = self.graph.runner(names, provider, threads, optimize, nodes)(run.given[0])
+        made = {} if nodes == 0 else self.graph.runner(names, provider, threads, optimize, nodes)(run.given[0])
         return Run(run.index, run.feed, made, self.twin.run(run.given[1], [*names, *counterparts]), run.given)
 
     def _feed(self, side: int, feed: Feed, rows: slice, held: Past, crossed: Crossed) -> dict[str, Array]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,19 @@ class Seq2SeqReference(Protocol):
         ...
 
 
+class EncoderCase(NamedTuple):
+    """Sources that the encoder runs in one batch."""
+
+    rows: list[int]
+    """Whose sources they are."""
+    name: str
+    ids: Array
+    """int64 ``[B, S]``, ``mask`` likewise."""
+    mask: Array
+    want: Array
+    """What the reference gives, float32 ``[B, S, C]``; zeros at padding."""
+
+
 class Requests:
     """The sources of a check's rows, and what the reference makes of them."""
 
@@ -63,34 +76,39 @@ class Requests:
         """One of MODES. spread: of the reference's logits."""
         return self.compare_encoder(allowed) if mode == ENCODER else self.compare_beams(allowed, spread)
 
-    def padded(self, rows: Sequence[int]) -> tuple[Array, Array, Array]:
-        """Sources of some rows, padded on the right: ids and mask int64 ``[B, S]``, and what the reference's encoder
-        gives for them ``[B, S, C]``."""
+    @property
+    def spread(self) -> float:
+        """Standard deviation of what the reference's encoder gives."""
+        return float(np.concatenate(self.hidden).std())
+
+    def padded(self, rows: Sequence[int], side: str = "right") -> EncoderCase:
+        """The whole sources of some rows in one batch."""
         S = max(self.sources[row].size for row in rows)
         ids, mask = np.zeros((2, len(rows), S), np.int64)
-        hidden = np.zeros((len(rows), S, self.hidden[0].shape[-1]), np.float32)
+        want = np.zeros((len(rows), S, self.hidden[0].shape[-1]), np.float32)
         for b, row in enumerate(rows):
             n = self.sources[row].size
-            ids[b, :n], mask[b, :n], hidden[b, :n] = self.sources[row], 1, self.hidden[row]
-        return ids, mask, hidden
+            at = slice(S - n, S) if side == "left" else slice(0, n)
+            ids[b, at], mask[b, at], want[b, at] = self.sources[row], 1, self.hidden[row]
+        return EncoderCase(list(rows), f"padded on the {side}", ids, mask, want)
 
-    def compare_encoder(self, allowed: Tolerance) -> ModeResult:
-        """Each source alone at odd lengths too, then all in one batch, padded on either side."""
-        account = Account(ENCODER, float(np.concatenate(self.hidden).std()), allowed)
+    def encoder_cases(self) -> Iterator[EncoderCase]:
+        """Each source alone, at odd lengths too, then all in one batch, padded on either side."""
         for b, source in enumerate(self.sources):
             for n in sorted({1, 2, source.size // 3 | 1, source.size}):
                 want = self.hidden[b] if n == source.size else self.reference.encode(source[:n])
                 ids = source[None, :n]
-                account.add_values(f"source {b} of {n} tokens", want, self.encode(ids, np.ones_like(ids))[0])
-        S = max(source.size for source in self.sources)
+                yield EncoderCase([b], f"of {n} tokens", ids, np.ones_like(ids), want[None])
         for side in ("left", "right"):
-            ids, mask = np.zeros((2, len(self.sources), S), np.int64)
-            slots = [slice(S - n, S) if side == "left" else slice(0, n) for n in (x.size for x in self.sources)]
-            for b, (source, at) in enumerate(zip(self.sources, slots, strict=True)):
-                ids[b, at], mask[b, at] = source, 1
-            hidden = self.encode(ids, mask)
-            for b, at in enumerate(slots):
-                account.add_values(f"source {b}, padded on the {side}", self.hidden[b], hidden[b, at])
+            yield self.padded(range(len(self.sources)), side)
+
+    def compare_encoder(self, allowed: Tolerance) -> ModeResult:
+        account = Account(ENCODER, self.spread, allowed)
+        for case in self.encoder_cases():
+            hidden = self.encode(case.ids, case.mask)
+            for b, row in enumerate(case.rows):
+                held = case.mask[b] != 0
+                account.add_values(f"source {row}, {case.name}", case.want[b, held], hidden[b, held])
         return account.finish()
 
     def compare_beams(self, allowed: Tolerance, spread: float) -> ModeResult:

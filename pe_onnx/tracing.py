@@ -65,10 +65,11 @@ def to_onnx(
     return model
 
 
-def to_program(part: Part) -> torch.export.ExportedProgram:
-    """The operations that the ONNX model was translated from, to be run in PyTorch one by one."""
+def to_program(part: Part, limit: int | None) -> torch.export.ExportedProgram:
+    """The operations that the ONNX model was translated from, to be run in PyTorch one by one. limit: as of
+    ``to_onnx``."""
     with _named_failures():
-        return _translate(part, None, lambda stage: None)[1]
+        return _translate(part, limit, lambda stage: None)[1]
 
 
 def _translate(part: Part, limit: int | None, progress: Progress) -> tuple[ir.Model, torch.export.ExportedProgram]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from pe_onnx import contract
-from pe_onnx.bundle import Bundle, read_bundle
+from pe_onnx.bundle import Bundle
 from pe_onnx.config import DecoderConfig
 from pe_onnx.errors import CheckpointError, needs
 
@@ -24,6 +23,7 @@ with needs("the drill-down", "'pe-onnx[export]'"):
     from torch.export.graph_signature import InputKind
     from torch.fx import Interpreter, Node
 
+from pe_onnx import reference as references
 from pe_onnx.exporter import from_module, silenced
 from pe_onnx.models.exportable import Exportable, from_config
 from pe_onnx.models.parts import Part, parts
@@ -36,22 +36,24 @@ Array = np.ndarray[Any, Any]
 def rebuild(bundle: Bundle, reference: Any = None) -> Exportable:
     """What the bundle was exported from.
 
-    reference: a checkpoint's path, or the module itself, ``module(input_ids, attention_mask, position_ids,
-    past_key_values)``; default what the manifest names. Raises CheckpointError where it is not to be had.
+    reference: a checkpoint's path; of a bundle made from a module that module, ``module(input_ids, attention_mask,
+    position_ids, past_key_values)``. Any other is one side of a parity check alone, and what the manifest names is
+    made. Raises CheckpointError where it is not to be had.
     """
     source, last_only = bundle.manifest["source"], bundle.logits == "last"
     target = cast(contract.Target, bundle.target)
-    if isinstance(reference, torch.nn.Module):
-        if source["kind"] != "module":
-            raise CheckpointError(f"reference = {type(reference).__name__}: the bundle is no module's; give none")
+    if source["kind"] == "module":
+        if not references.follows_contract(reference):
+            raise CheckpointError(
+                f"the bundle was exported from a module, {source['class']}; hand it in as the reference, as it was "
+                f"exported, with past_key_values"
+            )
         K, D = bundle.caches[0]
         return from_module(reference, len(bundle.caches), K, D)[0]
-    if reference is not None and not isinstance(reference, str | Path):
-        raise CheckpointError(f"reference = {reference!r} must be a checkpoint's path, or the module that was exported")
+    if not isinstance(reference, str | Path):
+        reference = None
     if reference is None and source["kind"] == "encoding":
         return from_config(DecoderConfig.from_dict(source["config"]), target, last_only)
-    if reference is None and source["kind"] == "module":
-        raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
     path = Path(reference or source["path"])
     if not path.exists():
         raise CheckpointError(f"the bundle's checkpoint {path} is gone; name it with --reference")
@@ -62,33 +64,13 @@ def rebuild(bundle: Bundle, reference: Any = None) -> Exportable:
     return bridge.from_checkpoint(path, target, last_only, source.get("rope_scaling"), follow=True)
 
 
-def plain(reference: Any, folder: str | Path) -> Any:
-    """The reference that a parity check takes, of what ``rebuild`` takes: a module that follows the graph contract is
-    run with a cache of its own, token by token."""
-    if not isinstance(reference, torch.nn.Module) or "past_key_values" not in signature(reference.forward).parameters:
-        return reference
-    caches = read_bundle(folder, verify=False).caches
-
-    @torch.no_grad()
-    def compute(ids: Array) -> Array:
-        past = [(torch.zeros(len(ids), K, 0, D),) * 2 for K, D in caches]
-        made = []
-        for end in range(1, ids.shape[1] + 1):
-            mask = torch.ones(len(ids), end, dtype=torch.int64)
-            positions = torch.full((len(ids), 1), end - 1)
-            logits, past = reference(torch.from_numpy(ids[:, end - 1 : end].copy()), mask, positions, past)
-            made.append(logits[:, -1:].float())
-        return torch.cat(made, 1).numpy()
-
-    return compute
-
-
 class Twin:
     """One graph of a bundle in PyTorch."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, limit: int | None) -> None:
+        """limit: tokens the encoding can take."""
         with silenced():
-            program = to_program(part)
+            program = to_program(part, limit)
         self.inputs = list(part.inputs)
         self.outputs = list(part.outputs)
         self.module = program.graph_module
@@ -116,23 +98,26 @@ class Twin:
         inputs = (spec.arg.name for spec in given.input_specs if spec.kind is InputKind.USER_INPUT)
         self._name_of = {**self.names, **self._parameter_of, **dict(zip(inputs, self.inputs, strict=True))}
 
-    def _operation(self, name: str) -> Node:
-        node = self.nodes[name]
+    def _operation(self, name: str) -> Node | None:
+        node = self.nodes.get(name)
+        if node is None:
+            return None
         if node.target is operator.getitem and isinstance(node.args[0], Node):
             return node.args[0]  # an output of several
         return node
 
     def tensors(self, name: str) -> list[str | None]:
         """Names in the ONNX file of the tensors that the operation behind a value was given, in order; None for one
-        that was left out, and for what has no name there."""
-        given = [x for x in self._operation(name).args if x is None or isinstance(x, Node)]
+        that was left out, and for what has no name there. Of a value that PyTorch has not, none."""
+        node = self._operation(name)
+        given = [x for x in node.args if x is None or isinstance(x, Node)] if node is not None else []
         return [None if x is None else self._name_of.get(x.name) for x in given]
 
     def numbers(self, name: str) -> dict[str, int | float]:
         """The numbers that it was given, by the names of its arguments, defaults included."""
         node = self._operation(name)
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
+        schema = getattr(node.target, "_schema", None) if node is not None else None
+        if node is None or schema is None:
             return {}
         found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
         found |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
@@ -165,8 +150,9 @@ class _Recorder(Interpreter):
         return value
 
 
-def twins(bundle: Bundle, reference: Any = None) -> dict[str, Twin]:
-    """A twin of each of the bundle's graphs, by file name."""
+def of_graph(bundle: Bundle, file: str, reference: Any = None) -> Twin:
+    """The twin of one of the bundle's graphs; reference as of ``rebuild``."""
     with silenced():
         exportable = rebuild(bundle, reference)
-    return {part.file: Twin(part) for part in parts(exportable, torch.float32, bundle.logits)}
+    part = next(part for part in parts(exportable, torch.float32, bundle.logits) if part.file == file)
+    return Twin(part, exportable.max_length)

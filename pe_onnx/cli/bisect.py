@@ -38,7 +38,7 @@ def command(bundle: str, as_json: bool, **asked: Any) -> None:
     if as_json:
         print_json({"bundle": bundle, "divergence": found and found.to_dict()})
     elif found is None:
-        click.echo(f"{bundle}: no mode exceeds its tolerance")
+        click.echo(f"{bundle}: no mode that was run exceeds its tolerance")
     else:
         _print(found)
     if found is not None:
