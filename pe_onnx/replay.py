@@ -41,7 +41,7 @@ class Run:
         have, want = self.bundle[name], self.twin[counterpart]
         if name.startswith("present.") and ".encoder." not in name:
             return self._of_cache(want, have)
-        return difference(want, have, self._considered(have.shape))
+        return difference(want, have, self._considered(have.shape) if have.dtype.kind == "f" else None)
 
     def first_position(self, slot: int) -> int:
         """The position of a row's first new token: the tokens before it."""
@@ -57,7 +57,7 @@ class Run:
         return difference(want[:, :, :slots], have[:, :, :slots], np.broadcast_to(held, (*have.shape[:2], slots)))
 
     def _considered(self, shape: tuple[int, ...]) -> Array | None:
-        """Which elements belong to tokens: what is computed for padding means nothing."""
+        """Which elements belong to tokens: numbers that are computed for padding mean nothing; masks are about it."""
         valid = self.feed.valid
         if valid.all():
             return None
