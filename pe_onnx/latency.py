@@ -206,7 +206,8 @@ def _note_prompts(report: BenchReport, turns: Turns, tokens: int) -> None:
         figures.first_token_ms, figures.first_token_interval_ms = first.median, first.interval
         prefill = median_interval(prefills)
         figures.prefill_tokens_per_s = tokens / prefill.median
-        figures.prefill_interval_tokens_per_s = (tokens / prefill.high, tokens / prefill.low)
+        if prefill.interval is not None:
+            figures.prefill_interval_tokens_per_s = (tokens / prefill.high, tokens / prefill.low)
         figures.prompts = first.samples
     report.prompts_ended_by, report.prompts_precision = turns.ended_by, turns.precision
     _note_ratios(report, turns, "first_token", None)

@@ -7,6 +7,7 @@ reach this, the blue a little lighter; lines differ in marker and dash too, and 
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def _decode(axes: Any, report: BenchReport) -> None:
         aside = DODGE ** (i - (len(report.contestants) - 1) / 2)
         depths = [d.depth_tokens * aside for d in figures.decode]
         medians = [d.median_ms for d in figures.decode]
-        below = [d.median_ms - d.interval_ms[0] for d in figures.decode]
-        above = [d.interval_ms[1] - d.median_ms for d in figures.decode]
+        intervals = [d.interval_ms or (nan, nan) for d in figures.decode]  # of a few steps no bar is drawn
+        below = [median - low for median, (low, _) in zip(medians, intervals, strict=True)]
+        above = [high - median for median, (_, high) in zip(medians, intervals, strict=True)]
         axes.errorbar(
             depths,
             medians,
@@ -120,7 +122,7 @@ def _decode(axes: Any, report: BenchReport) -> None:
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
     else:
-        axes.set_ylim(0, 1.15 * max(d.interval_ms[1] for f in report.contestants for d in f.decode))
+        axes.set_ylim(0, 1.15 * max(max(d.interval_ms or (d.median_ms,)) for f in report.contestants for d in f.decode))
     if len(report.depths) > 1:
         axes.set_xscale("log", base=2)
     axes.minorticks_off()

@@ -22,6 +22,7 @@ from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.contestants import BundleContestant, random_tokens
 from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh
+from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.machine import describe_machine, versions
 from pe_onnx.relative import MEASURES, Relative
 from pe_onnx.session import MAX_THREADS, resolve_provider
@@ -40,8 +41,9 @@ __all__ = [
 ]
 
 DEPTH_TOKENS, PROMPT_TOKENS = 256, 32
-LEAST_PROCESSES, MOST_PROCESSES = 4, 8
-"""The least are started though the budget is out: on a busy machine a verdict takes longer and is no less sure."""
+LEAST_PROCESSES, MOST_PROCESSES = LEAST_SAMPLES, 8
+"""The least are started though the budget is out: on a busy machine a verdict takes longer and is no less sure.
+Of fewer there is no interval of 95 %."""
 BASELINE_PROCESSES = 16
 """A baseline's own error is in every verdict: it is worth more processes."""
 SAMPLE_S = 0.004
@@ -62,8 +64,8 @@ class Regression:
     passed: bool
     change: float
     """Of the measure that changed for the worse the most: 0.03 is 3 % slower."""
-    interval: tuple[float, float]
-    """95 %, of this change; the baseline's own uncertainty is not in it."""
+    interval: tuple[float, float] | None
+    """95 %, of this change; the baseline's own uncertainty is not in it. None of fewer than 6 processes."""
     measure: str
     changes: dict[str, float]
     """By measure."""
@@ -76,7 +78,7 @@ class Regression:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**dataclasses.asdict(self), "interval": list(self.interval), "measured": self.measured.to_dict()}
+        return {**dataclasses.asdict(self), "interval": self.interval and list(self.interval), "measured": self.measured.to_dict()}
 
 
 def measure(
@@ -92,7 +94,7 @@ def measure(
 
     threads: 0 for one thread and its processor time on the CPU; more are measured in wall time. yardstick: the sizes
     of an earlier measurement; by default those of the bundle. budget_s: after which no further process is started;
-    there are 4 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
+    there are 6 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
     and the yardstick's, both packed too.
 
     Raises ConfigError, ProviderError and BundleError.
@@ -222,7 +224,8 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
         changes = _changes(measured, baseline)
     worst = max(changes, key=lambda name: changes[name])
     base = baseline.estimate(worst).median
-    low, high = (x / base - 1 for x in measured.estimate(worst).interval)
+    estimate = measured.estimate(worst)
+    interval = None if estimate.interval is None else (estimate.low / base - 1, estimate.high / base - 1)
     passed = changes[worst] <= max_regression
     text = f"{bundle}: {_words(changes)}, {max_regression:.0%} allowed"
     if first is not None:
@@ -234,7 +237,7 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
     if baseline.machine.get("processor") != measured.machine.get("processor"):
         text += "; the baseline is of another machine"
     return Regression(
-        bundle, passed, changes[worst], (low, high), worst, changes, max_regression, first, text, measured
+        bundle, passed, changes[worst], interval, worst, changes, max_regression, first, text, measured
     )
 
 

@@ -55,6 +55,18 @@ def test_figures_are_made(
             assert words in text  # matplotlib writes what it draws as a comment beside the outlines
 
 
+def test_a_median_without_an_interval_has_no_bar(tmp_path: Path) -> None:
+    """The figure is that of any interval as narrow as the line, but without its caps."""
+    made = report(contestants=1, profiled=False)
+    for d in made.contestants[0].decode:
+        d.interval_ms = None
+    draw(made, tmp_path / "without.svg")
+    for d in made.contestants[0].decode:
+        d.interval_ms = (d.median_ms, d.median_ms)
+    draw(made, tmp_path / "narrow.svg")
+    assert len((tmp_path / "without.svg").read_text()) < len((tmp_path / "narrow.svg").read_text())
+
+
 def luminance(color: str) -> float:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]

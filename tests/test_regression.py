@@ -200,6 +200,16 @@ def test_ratios_that_are_none_are_refused() -> None:
             Relative.from_dict(values)
 
 
+def test_a_measurement_takes_processes_enough_for_an_interval(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the budget is out at once."""
+    monkeypatch.setattr(regression, "call_fresh", lambda *_, **__: {"decode": 1.0, "prefill": 1.0})
+    measured = measure(bundles("rope"), budget_s=1e-9)
+    assert measured.estimate("decode").coverage >= 0.95
+    assert decide("b", measured, 0.1, measurements(measured)).interval == (0, 0)
+
+
 def test_it_measures_a_bundle_against_its_own_baseline(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regression, "LEAST_PROCESSES", 1)
     folder = bundles("learned", config={"max_position_embeddings": 32})
@@ -210,6 +220,7 @@ def test_it_measures_a_bundle_against_its_own_baseline(bundles: Bundles, monkeyp
     assert Relative.from_dict(json.loads(json.dumps(baseline.to_dict()))) == baseline
     verdict = compare(folder, baseline, 1e6, budget_s=1e-9)
     assert verdict.passed
+    assert verdict.interval is None
     assert verdict.measured.yardstick == baseline.yardstick
     json.dumps(verdict.to_dict(), allow_nan=False)
 
