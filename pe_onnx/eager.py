@@ -19,7 +19,6 @@ from pe_onnx.errors import CheckpointError, ConfigError, needs
 with needs("comparing with PyTorch", "'pe-onnx[export]'"):
     import torch
 
-from pe_onnx import reference as references
 from pe_onnx.config import DecoderConfig
 from pe_onnx.models.attention import PlainStep
 from pe_onnx.models.decoder import Decoder
@@ -32,9 +31,10 @@ them."""
 def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[int] | None) -> Contestant:
     """The contestant of the bundle's reference, or of another one.
 
-    reference: None for the one that the manifest names, or a checkpoint's path, or a model of transformers. threads:
-    PyTorch's, for this process from now on; 0 leaves them. source: of an encoder-decoder. Raises CheckpointError where
-    the reference is not to be had, ConfigError for one that has no cache.
+    reference: None for the one that the manifest names, or a checkpoint's path, or a model of transformers of the
+    bundle's kind. A checkpoint gets the ``rope_scaling`` that the bundle was exported with. threads: PyTorch's, for
+    this process from now on; 0 leaves them. source: of an encoder-decoder. Raises CheckpointError where the reference
+    is not to be had, ConfigError for one that is no such model.
     """
     begin = time.perf_counter()
     if threads:
@@ -50,14 +50,31 @@ def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[
         )
     if reference is None or isinstance(reference, str | Path):
         model = _checkpoint(bundle, reference)
-    elif references.is_module(reference):
-        model = reference
     else:
-        raise ConfigError("to compare with torch, reference must be a checkpoint's path or a model of transformers")
+        model = reference
+    _require_cached(model, bundle)
     load_s = time.perf_counter() - begin
     if bundle.crossing is not None:
         return Seq2SeqContestant(model, name, load_s, source or [STEP_TOKEN], bundle.start_token or 0)
     return TransformersContestant(model, name, load_s)
+
+
+def _require_cached(model: Any, bundle: Bundle) -> None:
+    """Raises ConfigError for what is no model of transformers, which alone has a cache that is known here, or one of
+    the other kind."""
+    with needs("a model of transformers", "'pe-onnx[export]'"):
+        from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"reference = {type(model).__name__}: to compare with torch, it must be a checkpoint's path or a model of "
+            "transformers, whose cache is known"
+        )
+    crossed = bundle.crossing is not None
+    if model.config.is_encoder_decoder != crossed:
+        kinds = ("an encoder-decoder", "a decoder")
+        of, other = kinds if crossed else reversed(kinds)
+        raise ConfigError(f"reference = {type(model).__name__} is {other}, the bundle is of {of}")
 
 
 def _checkpoint(bundle: Bundle, reference: str | Path | None) -> Any:
@@ -71,9 +88,8 @@ def _checkpoint(bundle: Bundle, reference: str | Path | None) -> Any:
     if not path.exists():
         what = "the bundle's checkpoint" if reference is None else "reference"
         raise CheckpointError(f"{what} {path} is gone; name it with --reference")
-    scaling = recorded.get("rope_scaling") if reference is None else None
     with silenced():
-        config = resolve(path, scaling)[0] if bundle.crossing is None else None
+        config = resolve(path, recorded.get("rope_scaling"))[0] if bundle.crossing is None else None
         with suppress(CheckpointError):  # not every model has it
             return load_model(path, "sdpa", config)
         return load_model(path, config=config)
