@@ -6,6 +6,7 @@ takes by itself (``sdpa`` where the model has it) and its own DynamicCache. That
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,10 +122,11 @@ class PlainContestant:
         return FirstToken(time.perf_counter() - begin, ran - begin)
 
     def _run(self, tokens: list[int], start: int, past: Any) -> tuple[torch.Tensor, Any]:
+        """Logits ``[1, 1, V]`` of the last token, and the cache's new keys and values."""
         ids = torch.tensor([tokens])
         step = PlainStep(torch.ones(1, start + len(tokens), dtype=torch.int64), past=past)
         positions = torch.arange(start, start + len(tokens))[None]
-        return self.decoder(ids, positions, step, last_only=False), step.presents
+        return self.decoder(ids, positions, step, last_only=True), step.presents
 
 
 class TransformersContestant:
@@ -132,6 +134,8 @@ class TransformersContestant:
 
     def __init__(self, model: Any, name: str, load_s: float) -> None:
         self.model, self.name, self.load_s = model.eval(), name, load_s
+        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if keeps_last else {}
 
     @torch.no_grad()
     def begin(self, depth_tokens: int) -> None:
@@ -162,8 +166,7 @@ class TransformersContestant:
     def _run(self, tokens: list[int], cache: Any) -> torch.Tensor:
         """Logits ``[1, T or 1, V]``: of the last token alone where the model can leave out the others, as in use."""
         ids = torch.tensor([tokens])
-        options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_last(self.model) else {}
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits.float()
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self.options).logits.float()
 
 
 class Seq2SeqContestant:
@@ -206,12 +209,6 @@ class Seq2SeqContestant:
             encoder_outputs=(hidden,), decoder_input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True
         )
         return output.logits[0, -1].float()
-
-
-def _keeps_last(model: Any) -> bool:
-    import inspect
-
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _deepened(cache: Any, tokens: int) -> Callable[[], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from conftest import Bundles
 
 import pe_onnx
 from pe_onnx.bundle import Bundle, read_bundle
-from pe_onnx.eager import TransformersContestant, eager
+from pe_onnx.eager import PlainContestant, TransformersContestant, eager
 from pe_onnx.errors import ConfigError
 
 FACTOR = 4.0
@@ -40,6 +42,32 @@ def of_transformers(kind: str) -> Any:
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
     )
+
+
+def test_logits_are_those_of_the_last_token(bundles: Bundles) -> None:
+    """As a bundle's are: a prompt's prefill would pay for the others."""
+    bundle = read_bundle(bundles("rope"))
+    plain = eager(bundle, None, "torch", 0, None)
+    assert isinstance(plain, PlainContestant)
+    with torch.no_grad():
+        last = plain._run([1, 2, 3], 0, ())[0]
+        _, past = plain._run([1, 2], 0, ())
+        torch.testing.assert_close(last, plain._run([3], 2, past)[0])
+    assert last.shape == (1, 1, bundle.shape["vocab_size"])
+
+
+def test_a_timed_step_does_not_look_at_signatures(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    contestant = eager(read_bundle(bundles("rope")), of_transformers("decoder"), "torch", 0, None)
+    contestant.begin(8)
+    monkeypatch.setattr("pe_onnx.eager.inspect.signature", _no_signature)
+    contestant.step()
+    contestant.first_token([1, 2, 3])
+
+
+def _no_signature(function: Any) -> Any:
+    caller = sys._getframe(1).f_globals["__name__"]
+    assert not caller.startswith("pe_onnx"), "a signature is looked at while the clock runs"
+    return signature(function)
 
 
 @pytest.mark.parametrize("reference", [None, "checkpoint"])
