@@ -25,7 +25,7 @@ from pe_onnx.fresh_process import call_fresh
 from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.machine import describe_machine, versions
 from pe_onnx.relative import MEASURES, Relative
-from pe_onnx.session import MAX_THREADS, resolve_provider
+from pe_onnx.session import MAX_THREADS, PROVIDERS, resolve_provider
 from pe_onnx.yardstick import Sizes, Yardstick
 
 __all__ = [
@@ -141,9 +141,9 @@ def sample(folder: str, provider: str, threads: int, sizes: dict[str, int]) -> d
     plain = Yardstick(work, provider, threads)
     clock = time.thread_time if _by_processor(provider, threads) else time.perf_counter
     bundle.begin(work.depth_tokens)
-    until = time.monotonic() + PROCESS_S / 2
-    decode = neighbours(bundle.step, plain.step(), clock, ROUNDS["decode"], until)
-    until = time.monotonic() + PROCESS_S
+    begin = time.monotonic()
+    decode = neighbours(bundle.step, plain.step(), clock, ROUNDS["decode"], begin + PROCESS_S / 2)
+    until = begin + PROCESS_S
     prefill = neighbours(lambda: bundle.first_token(tokens), plain.prompt(), clock, ROUNDS["prefill"], until)
     return {"decode": statistics.median(decode), "prefill": statistics.median(prefill)}
 
@@ -256,7 +256,11 @@ def _checked(provider: str, threads: int, budget_s: float) -> tuple[str, int]:
         raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 measures the processor time of one")
     if not 0 < budget_s < float("inf"):
         raise ConfigError(f"budget = {budget_s} must be more than 0 s")
-    return ("cpu" if resolve_provider(provider) == "CPUExecutionProvider" else "cuda"), threads or 1
+    resolved = resolve_provider(provider)
+    short = next((name for name, full in PROVIDERS.items() if full == resolved), None)
+    if short is None:
+        raise ConfigError(f"provider = {provider!r}: the gate is for {' and '.join(PROVIDERS)}")
+    return short, threads or 1
 
 
 def _by_processor(provider: str, threads: int) -> bool:

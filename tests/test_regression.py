@@ -136,6 +136,28 @@ def test_rounds_end_when_the_time_is_up() -> None:
     assert len(neighbours(run, run, lambda: now[0], 100, 0.0)) == regression.LEAST_ROUNDS
 
 
+def test_both_measures_share_the_time_of_a_process(monkeypatch: pytest.MonkeyPatch, bundles: Bundles) -> None:
+    now, ends = [100.0], []
+
+    def slow(above: object, below: object, clock: object, rounds: int, until: float) -> list[float]:
+        ends.append(until)
+        now[0] = max(now[0], until)
+        return [1.0]
+
+    monkeypatch.setattr(regression, "neighbours", slow)
+    monkeypatch.setattr(regression.time, "monotonic", lambda: now[0])
+    regression.sample(str(bundles("rope")), "cpu", 1, Sizes(1_000_000, 10_000, 16, 8)._asdict())
+    assert ends == [100 + regression.PROCESS_S / 2, 100 + regression.PROCESS_S]
+
+
+@pytest.mark.parametrize("name", ["AzureExecutionProvider", "OpenVINOExecutionProvider"])
+def test_another_provider_has_no_gate(name: str, monkeypatch: pytest.MonkeyPatch, bundles: Bundles) -> None:
+    """It is not taken for CUDA."""
+    monkeypatch.setattr("pe_onnx.session.onnxruntime.get_available_providers", lambda: [name, "CPUExecutionProvider"])
+    with pytest.raises(ConfigError, match=f"provider = '{name}': the gate is for cpu and cuda"):
+        measure(bundles("rope"), provider=name)
+
+
 def test_baselines_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     baselines = {"a@cpu": relative(1.1, 0.9, 0.05), "b@cpu": relative(2.0)}
