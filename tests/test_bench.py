@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def test_contestants_in_turns(bundles: Bundles) -> None:
 def test_a_bundle_against_itself_has_two_names(bundles: Bundles) -> None:
     report = pe_onnx.bench(bundles("rope"), compare=[bundles("rope")], **QUICK)
     assert len({one.name for one in report.contestants}) == 2
+
+
+def test_a_folder_named_torch_is_a_bundle(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(bundles("rope"), tmp_path / "torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latency, "_eager", lambda *_: pytest.fail("PyTorch is not asked for"))
+    report = pe_onnx.bench("torch", compare=["./torch", Path("torch")], **QUICK)
+    assert all(one.loads for one in report.contestants)
+    assert latency._names([Path("torch"), "torch"]) == ["./torch", "torch"]
 
 
 def test_depths_are_clipped_to_what_the_encoding_takes(bundles: Bundles) -> None:
