@@ -40,7 +40,6 @@ def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[
     begin = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    model: Any
     kind = bundle.manifest["source"]["kind"]
     if reference is None and kind == "encoding":
         decoder = Decoder(DecoderConfig.from_dict(bundle.manifest["source"]["config"]))
@@ -49,10 +48,8 @@ def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[
         raise CheckpointError(
             "the bundle was exported from a module, which has no reference with a cache to compare with"
         )
-    if reference is None or isinstance(reference, str | Path):
-        model = _checkpoint(bundle, reference)
-    else:
-        model = reference
+    named = reference is None or isinstance(reference, str | Path)
+    model = _checkpoint(bundle, reference) if named else reference
     _require_cached(model, bundle)
     load_s = time.perf_counter() - begin
     if bundle.crossing is not None:

@@ -78,7 +78,11 @@ class Regression:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**dataclasses.asdict(self), "interval": self.interval and list(self.interval), "measured": self.measured.to_dict()}
+        return {
+            **dataclasses.asdict(self),
+            "interval": self.interval and list(self.interval),
+            "measured": self.measured.to_dict(),
+        }
 
 
 def measure(
@@ -236,9 +240,7 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
             text += f"; the baseline is of {name} {then}, this is {now}"
     if baseline.machine.get("processor") != measured.machine.get("processor"):
         text += "; the baseline is of another machine"
-    return Regression(
-        bundle, passed, changes[worst], interval, worst, changes, max_regression, first, text, measured
-    )
+    return Regression(bundle, passed, changes[worst], interval, worst, changes, max_regression, first, text, measured)
 
 
 def _changes(measured: Relative, baseline: Relative) -> dict[str, float]:
