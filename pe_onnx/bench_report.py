@@ -22,8 +22,8 @@ class Decode:
     depth_tokens: int
     """Tokens in the cache before the step."""
     median_ms: float
-    interval_ms: tuple[float, float]
-    """95 %, of the median."""
+    interval_ms: tuple[float, float] | None
+    """95 %, of the median; None of fewer than 6 steps."""
     p50_ms: float
     p90_ms: float
     p99_ms: float
@@ -43,9 +43,10 @@ class Figures:
     """Median over fresh processes, the page cache warm; imports are not in it."""
     loads: int = 0
     prefill_tokens_per_s: float = math.nan
-    prefill_interval_tokens_per_s: tuple[float, float] = (math.nan, math.nan)
+    prefill_interval_tokens_per_s: tuple[float, float] | None = None
+    """95 %, of the median, as that of the first token; None of fewer than 6 prompts."""
     first_token_ms: float = math.nan
-    first_token_interval_ms: tuple[float, float] = (math.nan, math.nan)
+    first_token_interval_ms: tuple[float, float] | None = None
     prompts: int = 0
     decode: list[Decode] = field(default_factory=list)
     peak_memory_bytes: int | None = None
@@ -65,8 +66,8 @@ class Ratio:
     """``decode`` or ``first_token``."""
     depth_tokens: int | None
     ratio: float
-    interval: tuple[float, float]
-    """95 %, of the median ratio."""
+    interval: tuple[float, float] | None
+    """95 %, of the median ratio; None of fewer than 6 turns."""
     turns: int
 
 

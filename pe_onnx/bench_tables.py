@@ -98,7 +98,7 @@ def _decode_row(figures: Figures, d: Decode) -> list[str]:
         figures.name,
         f"{d.depth_tokens:,}",
         f"{d.median_ms:.3g}",
-        f"{d.interval_ms[0]:.3g}..{d.interval_ms[1]:.3g}",
+        _interval(d.interval_ms, ".3g"),
         f"{d.p90_ms:.3g}",
         f"{d.p99_ms:.3g}",
         str(d.steps),
@@ -115,7 +115,7 @@ def _ratios(report: BenchReport) -> Table:
             r.measure.replace("_", " "),
             UNKNOWN if r.depth_tokens is None else f"{r.depth_tokens:,}",
             f"{r.ratio:.2f}",
-            f"{r.interval[0]:.2f}..{r.interval[1]:.2f}",
+            _interval(r.interval, ".2f"),
             str(r.turns),
         ]
         for r in report.ratios
@@ -155,6 +155,10 @@ def others(profile: Profile, top: int) -> list[tuple[str, str, int, float, float
 def phase_name(profile: Profile) -> str:
     """``decode at 1,024 tokens``."""
     return profile.phase if profile.depth_tokens is None else f"{profile.phase} at {profile.depth_tokens:,} tokens"
+
+
+def _interval(interval: tuple[float, float] | None, form: str) -> str:
+    return UNKNOWN if interval is None else f"{interval[0]:{form}}..{interval[1]:{form}}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -6,6 +6,7 @@ takes by itself (``sdpa`` where the model has it) and its own DynamicCache. That
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,6 @@ from pe_onnx.errors import CheckpointError, ConfigError, needs
 with needs("comparing with PyTorch", "'pe-onnx[export]'"):
     import torch
 
-from pe_onnx import reference as references
 from pe_onnx.config import DecoderConfig
 from pe_onnx.models.attention import PlainStep
 from pe_onnx.models.decoder import Decoder
@@ -32,14 +32,14 @@ them."""
 def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[int] | None) -> Contestant:
     """The contestant of the bundle's reference, or of another one.
 
-    reference: None for the one that the manifest names, or a checkpoint's path, or a model of transformers. threads:
-    PyTorch's, for this process from now on; 0 leaves them. source: of an encoder-decoder. Raises CheckpointError where
-    the reference is not to be had, ConfigError for one that has no cache.
+    reference: None for the one that the manifest names, or a checkpoint's path, or a model of transformers of the
+    bundle's kind. A checkpoint gets the ``rope_scaling`` that the bundle was exported with. threads: PyTorch's, for
+    this process from now on; 0 leaves them. source: of an encoder-decoder. Raises CheckpointError where the reference
+    is not to be had, ConfigError for one that is no such model.
     """
     begin = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    model: Any
     kind = bundle.manifest["source"]["kind"]
     if reference is None and kind == "encoding":
         decoder = Decoder(DecoderConfig.from_dict(bundle.manifest["source"]["config"]))
@@ -48,16 +48,31 @@ def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[
         raise CheckpointError(
             "the bundle was exported from a module, which has no reference with a cache to compare with"
         )
-    if reference is None or isinstance(reference, str | Path):
-        model = _checkpoint(bundle, reference)
-    elif references.is_module(reference):
-        model = reference
-    else:
-        raise ConfigError("to compare with torch, reference must be a checkpoint's path or a model of transformers")
+    named = reference is None or isinstance(reference, str | Path)
+    model = _checkpoint(bundle, reference) if named else reference
+    _require_cached(model, bundle)
     load_s = time.perf_counter() - begin
     if bundle.crossing is not None:
         return Seq2SeqContestant(model, name, load_s, source or [STEP_TOKEN], bundle.start_token or 0)
     return TransformersContestant(model, name, load_s)
+
+
+def _require_cached(model: Any, bundle: Bundle) -> None:
+    """Raises ConfigError for what is no model of transformers, which alone has a cache that is known here, or one of
+    the other kind."""
+    with needs("a model of transformers", "'pe-onnx[export]'"):
+        from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"reference = {type(model).__name__}: to compare with torch, it must be a checkpoint's path or a model of "
+            "transformers, whose cache is known"
+        )
+    crossed = bundle.crossing is not None
+    if model.config.is_encoder_decoder != crossed:
+        kinds = ("an encoder-decoder", "a decoder")
+        of, other = kinds if crossed else reversed(kinds)
+        raise ConfigError(f"reference = {type(model).__name__} is {other}, the bundle is of {of}")
 
 
 def _checkpoint(bundle: Bundle, reference: str | Path | None) -> Any:
@@ -71,9 +86,8 @@ def _checkpoint(bundle: Bundle, reference: str | Path | None) -> Any:
     if not path.exists():
         what = "the bundle's checkpoint" if reference is None else "reference"
         raise CheckpointError(f"{what} {path} is gone; name it with --reference")
-    scaling = recorded.get("rope_scaling") if reference is None else None
     with silenced():
-        config = resolve(path, scaling)[0] if bundle.crossing is None else None
+        config = resolve(path, recorded.get("rope_scaling"))[0] if bundle.crossing is None else None
         with suppress(CheckpointError):  # not every model has it
             return load_model(path, "sdpa", config)
         return load_model(path, config=config)
@@ -105,10 +119,11 @@ class PlainContestant:
         return FirstToken(time.perf_counter() - begin, ran - begin)
 
     def _run(self, tokens: list[int], start: int, past: Any) -> tuple[torch.Tensor, Any]:
+        """Logits ``[1, 1, V]`` of the last token, and the cache's new keys and values."""
         ids = torch.tensor([tokens])
         step = PlainStep(torch.ones(1, start + len(tokens), dtype=torch.int64), past=past)
         positions = torch.arange(start, start + len(tokens))[None]
-        return self.decoder(ids, positions, step, last_only=False), step.presents
+        return self.decoder(ids, positions, step, last_only=True), step.presents
 
 
 class TransformersContestant:
@@ -116,6 +131,8 @@ class TransformersContestant:
 
     def __init__(self, model: Any, name: str, load_s: float) -> None:
         self.model, self.name, self.load_s = model.eval(), name, load_s
+        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if keeps_last else {}
 
     @torch.no_grad()
     def begin(self, depth_tokens: int) -> None:
@@ -146,8 +163,7 @@ class TransformersContestant:
     def _run(self, tokens: list[int], cache: Any) -> torch.Tensor:
         """Logits ``[1, T or 1, V]``: of the last token alone where the model can leave out the others, as in use."""
         ids = torch.tensor([tokens])
-        options: dict[str, Any] = {"logits_to_keep": 1} if _keeps_last(self.model) else {}
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits.float()
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self.options).logits.float()
 
 
 class Seq2SeqContestant:
@@ -190,12 +206,6 @@ class Seq2SeqContestant:
             encoder_outputs=(hidden,), decoder_input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True
         )
         return output.logits[0, -1].float()
-
-
-def _keeps_last(model: Any) -> bool:
-    import inspect
-
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _deepened(cache: Any, tokens: int) -> Callable[[], None]:

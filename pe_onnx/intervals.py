@@ -36,8 +36,9 @@ class Estimate(NamedTuple):
         return (self.high - self.low) / 2 / self.median if self.median else math.inf
 
     @property
-    def interval(self) -> tuple[float, float]:
-        return self.low, self.high
+    def interval(self) -> tuple[float, float] | None:
+        """From low to high where that is worth CONFIDENCE; None with fewer than LEAST_SAMPLES samples."""
+        return None if self.samples < LEAST_SAMPLES else (self.low, self.high)
 
     def scaled(self, factor: float) -> Estimate:
         """In another unit."""
@@ -52,11 +53,11 @@ def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) ->
     """
     ordered = sorted(samples)
     n = len(ordered)
-    left_out, ways, tail = (
-        0,
-        1,
-        1,
-    )  # samples beyond each end; of 2^n equally likely sides, those on which it lies beyond
+    # A sample is as likely below the true median as above it: of 2^n equally likely cases, the median lies beyond one
+    # end in `tail`, those with at most `left_out` samples on that side; with just as many in `ways`.
+    left_out = 0
+    ways = 1
+    tail = 1
     while True:
         ways = ways * (n - left_out) // (left_out + 1)  # whole numbers: a float ends at a thousand samples
         if 2 * (tail + ways) / 2**n > 1 - confidence or 2 * (left_out + 1) >= n:

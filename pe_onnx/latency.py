@@ -63,15 +63,17 @@ def bench(
     budget_s: for all that is timed once everything is loaded, in s, and half as much again for the profile; it is
     shared among the measurements, each of which is made once at least.
     precision: half the width of the 95 % interval of the median, relative to it, at which a measurement ends early.
-    compare: folders of other bundles, or ``torch`` for the bundle's own reference in PyTorch, eager, with its cache.
+    compare: folders of other bundles, or ``torch`` for the bundle's own reference in PyTorch, eager, with its cache;
+    a folder of this name is ``./torch``, or a Path.
     reference: the checkpoint's path, a module, or whatever ``check_parity`` takes, where that is not where it was.
 
     Raises ConfigError for what is out of range, InputError for a cache that does not fit into memory, BundleError for
     a bundle that is broken, CheckpointError where PyTorch's side cannot be had.
     """
     _check(threads, depths, prompt_tokens, budget_s, precision, source_tokens)
+    folder = Path(folder)
     bundle = read_bundle(folder)
-    others = [(TORCH if str(other) == TORCH else Path(other)) for other in compare]
+    others = [(TORCH if other == TORCH else Path(other)) for other in compare]
     if reference is not None and TORCH not in others:
         raise ConfigError("reference is what --compare torch runs; give that too")
     read = [bundle, *(read_bundle(other) for other in others if isinstance(other, Path))]
@@ -206,7 +208,8 @@ def _note_prompts(report: BenchReport, turns: Turns, tokens: int) -> None:
         figures.first_token_ms, figures.first_token_interval_ms = first.median, first.interval
         prefill = median_interval(prefills)
         figures.prefill_tokens_per_s = tokens / prefill.median
-        figures.prefill_interval_tokens_per_s = (tokens / prefill.high, tokens / prefill.low)
+        if prefill.interval is not None:
+            figures.prefill_interval_tokens_per_s = (tokens / prefill.high, tokens / prefill.low)
         figures.prompts = first.samples
     report.prompts_ended_by, report.prompts_precision = turns.ended_by, turns.precision
     _note_ratios(report, turns, "first_token", None)
@@ -257,7 +260,8 @@ def _vocabulary(read: Sequence[Bundle]) -> int:
 def _names(folders: Sequence[str | Path]) -> list[str]:
     """A short name for each contestant: the folder's own, or the path where two have the same."""
     short = [TORCH if each == TORCH else Path(each).resolve().name for each in folders]
-    long = [str(each) if short.count(name) > 1 else name for name, each in zip(short, folders, strict=True)]
+    paths = [f"./{each}" if each != TORCH and str(each) == TORCH else str(each) for each in folders]
+    long = [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
     return [name if long.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(long)]
 
 

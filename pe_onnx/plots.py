@@ -7,6 +7,8 @@ reach this, the blue a little lighter; lines differ in marker and dash too, and 
 
 from __future__ import annotations
 
+from io import BytesIO
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -56,40 +58,40 @@ def check_plot(path: str | Path) -> Path:
     return path
 
 
-def draw(report: BenchReport, path: str | Path) -> None:
-    """Write the figure, PNG or SVG by the path's ending; an SVG of the same bytes for the same figures."""
-    path = check_plot(path)
+def draw(report: BenchReport, path: str | Path) -> bytes:
+    """The figure, PNG or SVG by the path's ending, for ``write_report``; an SVG of the same bytes for the same figures.
+
+    Raises what ``check_plot`` raises. Neither pyplot nor the backend of whoever calls is touched.
+    """
+    form = check_plot(path).suffix.removeprefix(".").lower()
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.use("agg")
-        matplotlib.rcParams.update(
-            {
-                "svg.hashsalt": "pe-onnx",
-                "text.color": INK,
-                "axes.labelcolor": INK,
-                "axes.edgecolor": INK,
-                "xtick.color": INK,
-                "ytick.color": INK,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "font.size": 10,
-            }
-        )
-        from matplotlib import pyplot
-
+    with matplotlib.rc_context(
+        {
+            "svg.hashsalt": "pe-onnx",
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 10,
+        }
+    ):
         panels = 2 if report.profile else 1
-        figure, grid = pyplot.subplots(1, panels, figsize=(5.6 * panels, 3.9), layout="constrained", squeeze=False)
+        figure = Figure(figsize=(5.6 * panels, 3.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(1, panels, squeeze=False)
         _decode(grid[0][0], report)
         if report.profile:
             _operators(grid[0][1], report.profile[-1])
-        try:
-            date: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {}
-            figure.savefig(path, transparent=True, dpi=160, **date)
-        except OSError as error:
-            raise ConfigError(f"plot {path} cannot be written: {error.strerror or error}") from None
-        finally:
-            pyplot.close(figure)
+        image = BytesIO()
+        date: dict[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {}
+        figure.savefig(image, format=form, transparent=True, dpi=160, **date)
+    return image.getvalue()
 
 
 def _decode(axes: Any, report: BenchReport) -> None:
@@ -98,8 +100,9 @@ def _decode(axes: Any, report: BenchReport) -> None:
         aside = DODGE ** (i - (len(report.contestants) - 1) / 2)
         depths = [d.depth_tokens * aside for d in figures.decode]
         medians = [d.median_ms for d in figures.decode]
-        below = [d.median_ms - d.interval_ms[0] for d in figures.decode]
-        above = [d.interval_ms[1] - d.median_ms for d in figures.decode]
+        intervals = [d.interval_ms or (nan, nan) for d in figures.decode]  # of a few steps no bar is drawn
+        below = [median - low for median, (low, _) in zip(medians, intervals, strict=True)]
+        above = [high - median for median, (_, high) in zip(medians, intervals, strict=True)]
         axes.errorbar(
             depths,
             medians,
@@ -120,7 +123,7 @@ def _decode(axes: Any, report: BenchReport) -> None:
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
     else:
-        axes.set_ylim(0, 1.15 * max(d.interval_ms[1] for f in report.contestants for d in f.decode))
+        axes.set_ylim(0, 1.15 * max(max(d.interval_ms or (d.median_ms,)) for f in report.contestants for d in f.decode))
     if len(report.depths) > 1:
         axes.set_xscale("log", base=2)
     axes.minorticks_off()

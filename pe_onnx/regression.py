@@ -22,9 +22,10 @@ from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.contestants import BundleContestant, random_tokens
 from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh
+from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.machine import describe_machine, versions
 from pe_onnx.relative import MEASURES, Relative
-from pe_onnx.session import MAX_THREADS, resolve_provider
+from pe_onnx.session import MAX_THREADS, PROVIDERS, resolve_provider
 from pe_onnx.yardstick import Sizes, Yardstick
 
 __all__ = [
@@ -40,8 +41,9 @@ __all__ = [
 ]
 
 DEPTH_TOKENS, PROMPT_TOKENS = 256, 32
-LEAST_PROCESSES, MOST_PROCESSES = 4, 8
-"""The least are started though the budget is out: on a busy machine a verdict takes longer and is no less sure."""
+LEAST_PROCESSES, MOST_PROCESSES = LEAST_SAMPLES, 8
+"""The least are started though the budget is out: on a busy machine a verdict takes longer and is no less sure.
+Of fewer there is no interval of 95 %."""
 BASELINE_PROCESSES = 16
 """A baseline's own error is in every verdict: it is worth more processes."""
 SAMPLE_S = 0.004
@@ -62,8 +64,8 @@ class Regression:
     passed: bool
     change: float
     """Of the measure that changed for the worse the most: 0.03 is 3 % slower."""
-    interval: tuple[float, float]
-    """95 %, of this change; the baseline's own uncertainty is not in it."""
+    interval: tuple[float, float] | None
+    """95 %, of this change; the baseline's own uncertainty is not in it. None of fewer than 6 processes."""
     measure: str
     changes: dict[str, float]
     """By measure."""
@@ -76,7 +78,11 @@ class Regression:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**dataclasses.asdict(self), "interval": list(self.interval), "measured": self.measured.to_dict()}
+        return {
+            **dataclasses.asdict(self),
+            "interval": self.interval and list(self.interval),
+            "measured": self.measured.to_dict(),
+        }
 
 
 def measure(
@@ -92,7 +98,7 @@ def measure(
 
     threads: 0 for one thread and its processor time on the CPU; more are measured in wall time. yardstick: the sizes
     of an earlier measurement; by default those of the bundle. budget_s: after which no further process is started;
-    there are 4 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
+    there are 6 at least and ``processes`` at most. In memory there are about four times the bundle's weights: its own
     and the yardstick's, both packed too.
 
     Raises ConfigError, ProviderError and BundleError.
@@ -139,9 +145,9 @@ def sample(folder: str, provider: str, threads: int, sizes: dict[str, int]) -> d
     plain = Yardstick(work, provider, threads)
     clock = time.thread_time if _by_processor(provider, threads) else time.perf_counter
     bundle.begin(work.depth_tokens)
-    until = time.monotonic() + PROCESS_S / 2
-    decode = neighbours(bundle.step, plain.step(), clock, ROUNDS["decode"], until)
-    until = time.monotonic() + PROCESS_S
+    begin = time.monotonic()
+    decode = neighbours(bundle.step, plain.step(), clock, ROUNDS["decode"], begin + PROCESS_S / 2)
+    until = begin + PROCESS_S
     prefill = neighbours(lambda: bundle.first_token(tokens), plain.prompt(), clock, ROUNDS["prefill"], until)
     return {"decode": statistics.median(decode), "prefill": statistics.median(prefill)}
 
@@ -222,7 +228,8 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
         changes = _changes(measured, baseline)
     worst = max(changes, key=lambda name: changes[name])
     base = baseline.estimate(worst).median
-    low, high = (x / base - 1 for x in measured.estimate(worst).interval)
+    estimate = measured.estimate(worst)
+    interval = None if estimate.interval is None else (estimate.low / base - 1, estimate.high / base - 1)
     passed = changes[worst] <= max_regression
     text = f"{bundle}: {_words(changes)}, {max_regression:.0%} allowed"
     if first is not None:
@@ -233,9 +240,7 @@ def decide(bundle: str, baseline: Relative, max_regression: float, take: Callabl
             text += f"; the baseline is of {name} {then}, this is {now}"
     if baseline.machine.get("processor") != measured.machine.get("processor"):
         text += "; the baseline is of another machine"
-    return Regression(
-        bundle, passed, changes[worst], (low, high), worst, changes, max_regression, first, text, measured
-    )
+    return Regression(bundle, passed, changes[worst], interval, worst, changes, max_regression, first, text, measured)
 
 
 def _changes(measured: Relative, baseline: Relative) -> dict[str, float]:
@@ -253,7 +258,11 @@ def _checked(provider: str, threads: int, budget_s: float) -> tuple[str, int]:
         raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 measures the processor time of one")
     if not 0 < budget_s < float("inf"):
         raise ConfigError(f"budget = {budget_s} must be more than 0 s")
-    return ("cpu" if resolve_provider(provider) == "CPUExecutionProvider" else "cuda"), threads or 1
+    resolved = resolve_provider(provider)
+    short = next((name for name, full in PROVIDERS.items() if full == resolved), None)
+    if short is None:
+        raise ConfigError(f"provider = {provider!r}: the gate is for {' and '.join(PROVIDERS)}")
+    return short, threads or 1
 
 
 def _by_processor(provider: str, threads: int) -> bool:

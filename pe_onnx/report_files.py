@@ -30,25 +30,26 @@ def check_writable(path: Path, option: str) -> None:
         raise ConfigError(f"{option} {path} cannot be written: {_reason(error)}") from None
 
 
-def write_report(path: Path, text: str) -> None:
-    """Write UTF-8 text beside its place and rename it. Raises ExportError with the system's reason.
+def write_report(path: Path, content: str | bytes) -> None:
+    """Write text, as UTF-8, or bytes beside their place and rename. Raises ExportError with the system's reason.
 
-    The file that GITHUB_STEP_SUMMARY names keeps what it holds, and the text follows.
+    The file that GITHUB_STEP_SUMMARY names keeps what it holds, and the content follows.
     """
+    data = as_bytes(content)
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text, "utf-8", errors="backslashreplace")
+            path.write_bytes(data)
             return
         place = path.resolve()
         summary = os.environ.get(STEP_SUMMARY)
         if summary and place.is_file() and place == Path(summary).resolve():
-            before = place.read_text("utf-8")
-            text = before + ("\n" if before and not before.endswith("\n") else "") + text
+            before = place.read_bytes()
+            data = before + (b"\n" if before and not before.endswith(b"\n") else b"") + data
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = _beside(place)
         try:
-            with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, place)
@@ -56,6 +57,11 @@ def write_report(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def as_bytes(content: str | bytes) -> bytes:
+    """Text as UTF-8; half a surrogate pair, as of a path that is no UTF-8, as its escape."""
+    return content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
 
 
 def _beside(place: Path) -> Path:

@@ -39,7 +39,7 @@ class Budgets:
     first_token_ms: float | None = None
     """Milliseconds from a prompt to its first new token."""
     load_s: float | None = None
-    """Seconds from the folder to an open session."""
+    """Seconds from the folder to an open session, the median of up to three processes."""
     peak_memory_mb: float | None = None
     """Memory of the process at its highest, in units of 1,000,000 bytes."""
     cache_bytes_per_token: float | None = None

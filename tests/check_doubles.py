@@ -61,8 +61,8 @@ class Parts:
         if self.bench_error is not None:
             raise self.bench_error
 
-        def around(value: float) -> list[float | None]:
-            return [0.9 * value, 1.1 * value] if self.intervals else [None, None]
+        def around(value: float) -> list[float] | None:
+            return [0.9 * value, 1.1 * value] if self.intervals else None
 
         decode = [
             {"depth_tokens": depth, "median_ms": ms, "interval_ms": around(ms)} for depth, ms in self.decode_ms.items()
@@ -71,9 +71,9 @@ class Parts:
             "name": Path(folder).name,
             "load_s": 0.5,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
-            "prefill_interval_tokens_per_s": [1900.0, 2100.0],
+            "prefill_interval_tokens_per_s": [1900.0, 2100.0] if self.intervals else None,
             "first_token_ms": 60.0,
-            "first_token_interval_ms": [55.0, 65.0] if self.intervals else [None, None],
+            "first_token_interval_ms": [55.0, 65.0] if self.intervals else None,
             "decode": decode,
             "peak_memory_bytes": self.peak_memory_bytes,
         }

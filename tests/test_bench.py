@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from conftest import Bundles
 import pe_onnx
 from pe_onnx import latency
 from pe_onnx.bench_report import BenchReport
+from pe_onnx.bench_tables import markdown
 from pe_onnx.bundle import read_bundle
 from pe_onnx.contestants import BundleContestant
 from pe_onnx.errors import InputError, PeOnnxError
@@ -56,11 +58,14 @@ def test_a_report(bundles: Bundles) -> None:
     assert (one.name, one.loads, report.ratios, report.profile) == (folder.name, 1, [], [])
     assert [d.depth_tokens for d in one.decode] == [8, 40]
     for d in one.decode:
-        assert 0 < d.interval_ms[0] <= d.median_ms <= d.interval_ms[1]
+        assert (d.interval_ms is None) == (d.steps < 6)
+        low, high = d.interval_ms or (d.median_ms, d.median_ms)
+        assert 0 < low <= d.median_ms <= high
         assert d.p50_ms <= d.p90_ms <= d.p99_ms
         assert d.steps >= 1
         assert d.ended_by in ("precision", "budget", "turns")
-    assert one.prefill_interval_tokens_per_s[0] <= one.prefill_tokens_per_s <= one.prefill_interval_tokens_per_s[1]
+    low, high = one.prefill_interval_tokens_per_s or (one.prefill_tokens_per_s, one.prefill_tokens_per_s)
+    assert low <= one.prefill_tokens_per_s <= high
     bundle = read_bundle(folder)
     assert one.cache_bytes_per_token == bundle.cache_bytes_per_token
     assert one.cache_bytes == {depth: depth * bundle.cache_bytes_per_token for depth in (8, 40)}
@@ -72,6 +77,20 @@ def test_a_report(bundles: Bundles) -> None:
     assert written["contestants"][0]["decode"][0]["depth_tokens"] == 8
     assert written["budget_s"] == 0.2
     assert written["tools"]["pe-onnx"] == pe_onnx.__version__
+
+
+def test_of_one_turn_there_is_no_interval(bundles: Bundles) -> None:
+    """Neither in the report, nor in its tables and rows."""
+    report = pe_onnx.bench(bundles("rope"), compare=[bundles("rope")], **{**QUICK, "depths": (8,), "budget_s": 1e-9})
+    one = report.contestants[0]
+    assert (one.prompts, one.decode[0].steps) == (1, 1)
+    written = report.to_dict()
+    for figures in written["contestants"]:
+        assert figures["prefill_interval_tokens_per_s"] is figures["first_token_interval_ms"] is None
+        assert figures["decode"][0]["interval_ms"] is None
+    assert [ratio["interval"] for ratio in written["ratios"]] == [None, None]
+    assert all(row["low"] is row["high"] is None for row in report.rows())
+    assert ".." not in markdown(report)
 
 
 def test_contestants_in_turns(bundles: Bundles) -> None:
@@ -93,6 +112,15 @@ def test_contestants_in_turns(bundles: Bundles) -> None:
 def test_a_bundle_against_itself_has_two_names(bundles: Bundles) -> None:
     report = pe_onnx.bench(bundles("rope"), compare=[bundles("rope")], **QUICK)
     assert len({one.name for one in report.contestants}) == 2
+
+
+def test_a_folder_named_torch_is_a_bundle(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(bundles("rope"), tmp_path / "torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latency, "_eager", lambda *_: pytest.fail("PyTorch is not asked for"))
+    report = pe_onnx.bench("torch", compare=["./torch", Path("torch")], **QUICK)
+    assert all(one.loads for one in report.contestants)
+    assert latency._names([Path("torch"), "torch"]) == ["./torch", "torch"]
 
 
 def test_depths_are_clipped_to_what_the_encoding_takes(bundles: Bundles) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shlex
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from command_line import refused
 from conftest import Bundles, Cli
 from folder_contents import snapshot
+
+import pe_onnx
+from pe_onnx.cli.bench import command
+from pe_onnx.errors import ExportError
 
 QUICK = ("--depths", "8,40", "--prompt-tokens", 5, "--budget", 0.1, "--threads", 1)
 
@@ -26,7 +33,7 @@ def test_a_table_and_files(run: Cli, bundles: Bundles, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "b.csv").open()))
     decode = [row for row in rows if row["measure"] == "decode"]
     assert [(row["depth_tokens"], row["unit"]) for row in decode] == 2 * [("8", "ms"), ("40", "ms")]
-    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in decode)
+    assert all(float(row["low"] or 0) <= float(row["value"]) <= float(row["high"] or "inf") for row in decode)
     assert "| phase | encoding |" in (tmp_path / "b.md").read_text()
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "b.svg").read_text()
@@ -38,6 +45,41 @@ def test_json_is_one_document(run: Cli, bundles: Bundles) -> None:
     report = json.loads(result.stdout)
     assert report["format"] == 1
     assert [d["depth_tokens"] for d in report["contestants"][0]["decode"]] == [8, 40]
+
+
+def test_rows_on_standard_output(run: Cli, bundles: Bundles, tmp_path: Path) -> None:
+    result = run("bench", bundles("rope"), *QUICK, "--csv", "-")
+    assert result.returncode == 0
+    assert {row["measure"] for row in csv.DictReader(io.StringIO(result.stdout))} >= {"decode", "prefill"}
+    assert "prefill, tokens/s" in result.stderr
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_file_that_cannot_be_written_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundles: Bundles
+) -> None:
+    """The disk is full for the rows and a figure: an old figure stays, the others are written, the table is shown."""
+    measured = pe_onnx.bench(bundles("rope"), depths=(8,), prompt_tokens=5, budget_s=1e-9, threads=1)
+    monkeypatch.setattr("pe_onnx.latency.bench", lambda *_, **__: measured)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.png").write_text("the one before")
+    replace = os.replace
+
+    def full(source: object, target: object) -> None:
+        if str(target).endswith((".csv", ".png")):
+            raise OSError(28, "No space left on device")
+        replace(source, target)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("os.replace", full)
+    files = ["--csv", "b.csv", "--markdown", "b.md", "--plot", "b.png", "--plot", "figures/b.svg"]
+    done = CliRunner().invoke(command, [str(bundles("rope")), *files])
+    assert isinstance(done.exception, ExportError)
+    assert str(done.exception) == "cannot write b.csv: No space left on device; " + (
+        "cannot write b.png: No space left on device"
+    )
+    assert "prefill, tokens/s" in done.stdout
+    assert (tmp_path / "b.png").read_text() == "the one before"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b.md", "b.png", "b.svg", "figures"]
 
 
 MISTAKES = [
@@ -53,7 +95,10 @@ MISTAKES = [
     ("bench {rope} --threads -1", ["threads = -1"]),
     ("bench {rope} --provider foo", ["'foo'"]),
     ("bench {rope} --plot figure.pdf", ["'figure.pdf'", ".png or .svg"]),
-    ("bench {rope} --plot nowhere/figure.png", ["nowhere"]),
+    ("bench {rope} --plot {rope}/manifest.json/x.svg", ["--plot", "cannot be written"]),
+    ("bench {rope} --csv x --markdown ./x", ["--markdown and --csv name one file, x"]),
+    ("bench {rope} --plot a.png --plot ./a.png", ["--plot and --plot name one file, a.png"]),
+    ("bench {rope} --csv - --json", ["--csv and --json name one file, -"]),
     ("bench {rope} --csv .", ["is a folder"]),
     ("bench {rope} --markdown {rope}/manifest.json/x.md", ["cannot be written"]),
     ("bench {rope} --reference {llama}", ["--compare torch"]),

@@ -23,8 +23,10 @@ def test_ranks_of_the_published_tables(n: int, ranks: tuple[int, int]) -> None:
 
 def test_too_few_samples_say_so() -> None:
     estimate = median_interval([3.0, 1.0, 2.0])
-    assert (estimate.median, *estimate.interval) == (2.0, 1.0, 3.0)
+    assert (estimate.median, estimate.low, estimate.high) == (2.0, 1.0, 3.0)
     assert estimate.coverage == pytest.approx(0.75)
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]).interval is None
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).interval == (1.0, 6.0)
     assert math.isinf(estimate.relative)
     assert median_interval([5.0]).coverage == pytest.approx(0.0)
     assert math.isinf(median_interval([1.0] * (LEAST_SAMPLES - 1)).relative)
@@ -64,7 +66,7 @@ def test_percentiles_are_samples() -> None:
 
 def test_another_unit() -> None:
     estimate = median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).scaled(1000)
-    assert (estimate.median, *estimate.interval) == (3500, 1000, 6000)
+    assert (estimate.median, estimate.interval) == (3500, (1000, 6000))
 
 
 def test_thousands_of_samples() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from io import BytesIO
 
 import pytest
 from PIL import Image
@@ -37,22 +37,38 @@ def report(depths: tuple[int, ...] = (128, 1024), contestants: int = 2, profiled
 @pytest.mark.parametrize(
     ("depths", "contestants", "profiled"), [((128, 1024, 8192), 3, True), ((7,), 1, False), ((7, 9), 6, True)]
 )
-def test_figures_are_made(
-    tmp_path: Path, ending: str, depths: tuple[int, ...], contestants: int, profiled: bool
-) -> None:
-    path = tmp_path / f"figure.{ending}"
-    draw(report(depths, contestants, profiled), path)
+def test_figures_are_made(ending: str, depths: tuple[int, ...], contestants: int, profiled: bool) -> None:
+    content = draw(report(depths, contestants, profiled), f"figure.{ending}")
     if ending == "png":
-        image = Image.open(path).convert("RGBA")
+        image = Image.open(BytesIO(content)).convert("RGBA")
         assert image.getpixel((0, 0))[3] == 0  # type: ignore[index]  # the page shows through
         assert image.width > 600 * (1 + profiled)
     else:
-        text = path.read_text()
-        again = tmp_path / "again.svg"
-        draw(report(depths, contestants, profiled), again)
-        assert again.read_text() == text
+        text = content.decode()
+        assert draw(report(depths, contestants, profiled), "again.svg") == content
         for words in ("tokens in the cache", "decode, ms per token", *(["ms of a step"] if profiled else [])):
             assert words in text  # matplotlib writes what it draws as a comment beside the outlines
+
+
+def test_what_the_caller_set_of_matplotlib_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's backend among it, which pyplot would take from it."""
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
+    before = dict(matplotlib.rcParams)
+    draw(report(), "figure.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_median_without_an_interval_has_no_bar() -> None:
+    """The figure is that of any interval as narrow as the line, but without its caps."""
+    made = report(contestants=1, profiled=False)
+    for d in made.contestants[0].decode:
+        d.interval_ms = None
+    without = draw(made, "figure.svg")
+    for d in made.contestants[0].decode:
+        d.interval_ms = (d.median_ms, d.median_ms)
+    assert len(without) < len(draw(made, "figure.svg"))
 
 
 def luminance(color: str) -> float:
@@ -80,10 +96,9 @@ def test_lines_differ_in_more_than_colour() -> None:
 
 
 @pytest.mark.parametrize("name", ["figure.pdf", "figure", "figure.pgn"])
-def test_another_ending_is_refused(tmp_path: Path, name: str) -> None:
+def test_another_ending_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"must end in \.png or \.svg"):
-        draw(report(), tmp_path / name)
-    assert not list(tmp_path.iterdir())
+        draw(report(), name)
 
 
 def test_tables_are_markdown() -> None:

@@ -136,6 +136,28 @@ def test_rounds_end_when_the_time_is_up() -> None:
     assert len(neighbours(run, run, lambda: now[0], 100, 0.0)) == regression.LEAST_ROUNDS
 
 
+def test_both_measures_share_the_time_of_a_process(monkeypatch: pytest.MonkeyPatch, bundles: Bundles) -> None:
+    now, ends = [100.0], []
+
+    def slow(above: object, below: object, clock: object, rounds: int, until: float) -> list[float]:
+        ends.append(until)
+        now[0] = max(now[0], until)
+        return [1.0]
+
+    monkeypatch.setattr(regression, "neighbours", slow)
+    monkeypatch.setattr(regression.time, "monotonic", lambda: now[0])
+    regression.sample(str(bundles("rope")), "cpu", 1, Sizes(1_000_000, 10_000, 16, 8)._asdict())
+    assert ends == [100 + regression.PROCESS_S / 2, 100 + regression.PROCESS_S]
+
+
+@pytest.mark.parametrize("name", ["AzureExecutionProvider", "OpenVINOExecutionProvider"])
+def test_another_provider_has_no_gate(name: str, monkeypatch: pytest.MonkeyPatch, bundles: Bundles) -> None:
+    """It is not taken for CUDA."""
+    monkeypatch.setattr("pe_onnx.session.onnxruntime.get_available_providers", lambda: [name, "CPUExecutionProvider"])
+    with pytest.raises(ConfigError, match=f"provider = '{name}': the gate is for cpu and cuda"):
+        measure(bundles("rope"), provider=name)
+
+
 def test_baselines_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     baselines = {"a@cpu": relative(1.1, 0.9, 0.05), "b@cpu": relative(2.0)}
@@ -200,6 +222,16 @@ def test_ratios_that_are_none_are_refused() -> None:
             Relative.from_dict(values)
 
 
+def test_a_measurement_takes_processes_enough_for_an_interval(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the budget is out at once."""
+    monkeypatch.setattr(regression, "call_fresh", lambda *_, **__: {"decode": 1.0, "prefill": 1.0})
+    measured = measure(bundles("rope"), budget_s=1e-9)
+    assert measured.estimate("decode").coverage >= 0.95
+    assert decide("b", measured, 0.1, measurements(measured)).interval == (0, 0)
+
+
 def test_it_measures_a_bundle_against_its_own_baseline(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regression, "LEAST_PROCESSES", 1)
     folder = bundles("learned", config={"max_position_embeddings": 32})
@@ -210,6 +242,7 @@ def test_it_measures_a_bundle_against_its_own_baseline(bundles: Bundles, monkeyp
     assert Relative.from_dict(json.loads(json.dumps(baseline.to_dict()))) == baseline
     verdict = compare(folder, baseline, 1e6, budget_s=1e-9)
     assert verdict.passed
+    assert verdict.interval is None
     assert verdict.measured.yardstick == baseline.yardstick
     json.dumps(verdict.to_dict(), allow_nan=False)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+from pe_onnx.cli._reports import STDOUT, require_writable, write_reports
 
 if TYPE_CHECKING:
     from pe_onnx.bench_report import BenchReport
+
+
+def _file(*names: str, **options: Any) -> Any:
+    return click.option(*names, type=click.Path(path_type=Path), metavar="FILE", **options)
 
 
 @click.command()
@@ -23,9 +29,9 @@ if TYPE_CHECKING:
 @click.option("--profile", is_flag=True, help="Share of time by operator, and of the encoding.")
 @click.option("--compare", multiple=True, metavar="torch|DIR", help="In turns with it; may be given again.")
 @click.option("--reference", metavar="MODEL", help="Of --compare torch: a checkpoint, or package.module:attribute.")
-@click.option("--csv", "csv_file", metavar="FILE", help="Every figure in a row.")
-@click.option("--markdown", "markdown_file", metavar="FILE", help="The tables in Markdown.")
-@click.option("--plot", "plots", multiple=True, metavar="FILE", help="A figure, .png or .svg; may be given again.")
+@_file("--csv", "csv_file", help="Every figure in a row; - is standard output.")
+@_file("--markdown", "markdown_file", help="The tables in Markdown.")
+@_file("--plot", "plots", multiple=True, help="A figure, .png or .svg; may be given again.")
 @provider_option
 @threads_option
 @json_option
@@ -39,9 +45,9 @@ def command(
     profile: bool,
     compare: tuple[str, ...],
     reference: str | None,
-    csv_file: str | None,
-    markdown_file: str | None,
-    plots: tuple[str, ...],
+    csv_file: Path | None,
+    markdown_file: Path | None,
+    plots: tuple[Path, ...],
     provider: str,
     threads: int,
     as_json: bool,
@@ -49,22 +55,21 @@ def command(
     """Measure a bundle, and others in turns with it.
 
     Each measurement ends when the 95 % interval of its median is within --precision, or when its share of --budget is
-    out; the table says which. Peak memory and load time are those of processes of their own.
+    out; the table says which. Peak memory and load time are those of processes of their own. Where one file cannot be
+    written the others are, and the table is shown.
     """
     from pe_onnx.cli._comparison import named
     from pe_onnx.cli._options import parse_counts, parse_share, stages
-    from pe_onnx.report_files import check_writable, write_report
+    from pe_onnx.errors import ExportError
 
     counts = parse_counts(depths, "--depths")
     share = parse_share(precision, "--precision")
-    for option, path in (("--csv", csv_file), ("--markdown", markdown_file), *(("--plot", plot) for plot in plots)):
-        if path is not None:
-            check_writable(Path(path), option)
-    if plots:
+    for path in plots:
         from pe_onnx.plots import check_plot
 
-        for path in plots:
-            check_plot(path)
+        check_plot(path)
+    files = [("--csv", csv_file), ("--markdown", markdown_file), *(("--plot", path) for path in plots)]
+    require_writable([("--json", STDOUT if as_json else None), *files])
     from pe_onnx.bench_tables import markdown
     from pe_onnx.latency import bench
 
@@ -84,29 +89,35 @@ def command(
             reference=named(reference),
             progress=progress,
         )
-    if csv_file is not None:
-        write_report(Path(csv_file), report.to_csv())
-    if markdown_file is not None:
-        write_report(Path(markdown_file), markdown(report))
-    if plots:
-        from pe_onnx.plots import draw
-
-        for plot in plots:
-            draw(report, plot)
+    failed = write_reports(
+        [
+            (csv_file, report.to_csv),
+            (markdown_file, lambda: markdown(report)),
+            *((path, partial(_figure, report, path)) for path in plots),
+        ]
+    )
     if as_json:
         print_json(report.to_dict())
     else:
-        _print(report)
+        _print(report, to_stderr=STDOUT in (csv_file, markdown_file))
+    if failed:
+        raise ExportError("; ".join(failed))
 
 
-def _print(report: BenchReport) -> None:
+def _figure(report: BenchReport, path: Path) -> bytes:
+    from pe_onnx.plots import draw
+
+    return draw(report, path)
+
+
+def _print(report: BenchReport, to_stderr: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from pe_onnx.bench_tables import summary, tables
 
-    console = Console()
+    console = Console(stderr=to_stderr)
     for figures in tables(report):
         title = escape(figures.title)
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")

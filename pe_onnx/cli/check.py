@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pe_onnx.cli._options import parse_share, stages
+from pe_onnx.cli._reports import STDOUT, require_writable, write_reports
 
 if TYPE_CHECKING:
     from pe_onnx.check_report import BundleCheck, CheckReport
     from pe_onnx.suite import Entry, Suite
-
-STDOUT = Path("-")
 
 
 def _print_schema(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -96,7 +95,8 @@ def command(
     settings = _settings(asked, given)
     _require_consistent(settings, update_baseline)
     reports = {"--json": json_file, "--junit": junit_file, "--markdown": markdown_file}
-    _require_writable({**reports, **({"--baseline": settings["baseline"]} if update_baseline else {})})
+    written_last = {"--baseline": settings["baseline"]} if update_baseline else {}
+    require_writable({**reports, **written_last}.items())
     total = len(entries) * len(settings.get("providers", ("cpu",))) * len(PARTS)
     with stages(total, "check") as progress:
         report = check(
@@ -156,47 +156,19 @@ def _require_consistent(settings: dict[str, Any], update_baseline: bool) -> None
         raise click.UsageError("--max-regression needs --baseline FILE, what to compare with")
 
 
-def _require_writable(files: dict[str, Path | None]) -> None:
-    """Now, and not after minutes of measuring."""
-    from pe_onnx.report_files import check_writable
-
-    named = [(option, path) for option, path in files.items() if path is not None]
-    places = [path if path == STDOUT else path.resolve() for _, path in named]
-    for i, place in enumerate(places):
-        if place in places[:i]:
-            raise click.UsageError(f"{named[i][0]} and {named[places.index(place)][0]} name one file, {named[i][1]}")
-    for option, path in named:
-        if path != STDOUT:
-            check_writable(path, option)
-
-
 def _write(report: CheckReport, files: dict[str, Path | None]) -> list[str]:
     """All reports; what could not be written."""
     import json
 
     from pe_onnx.check_junit import to_junit
     from pe_onnx.check_markdown import to_markdown
-    from pe_onnx.errors import ExportError
-    from pe_onnx.report_files import write_report
 
-    forms = {
+    forms: dict[str, Callable[[], str]] = {
         "--json": lambda: json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "--junit": lambda: to_junit(report),
         "--markdown": lambda: to_markdown(report),
     }
-    failed = []
-    for option, path in files.items():
-        if path is None:
-            continue
-        text = forms[option]()
-        if path == STDOUT:
-            click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
-            continue
-        try:
-            write_report(path, text)
-        except ExportError as error:
-            failed.append(str(error))
-    return failed
+    return write_reports((path, forms[option]) for option, path in files.items())
 
 
 def _say(check: BundleCheck) -> None:
