@@ -76,11 +76,15 @@ def check(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         options={
             "providers": names,
+            "reference": _named(reference),
             "modes": None if modes is None else list(modes),
             "tolerance": tolerance,
             "tokens": tokens,
             "seed": seed,
             "threads": threads,
+            "matrix": matrix,
+            "latency": latency,
+            "budget_s": budget_s,
             "baseline": None if baseline is None else str(baseline),
             "max_regression": max_regression,
         },
@@ -267,6 +271,13 @@ def _require(
 def _references(wanted: Iterable[Any], folders: tuple[Path, ...]) -> dict[str, Any]:
     """What the references given by name stand for, each loaded once."""
     return {text: load_reference(text, folders) for text in dict.fromkeys(x for x in wanted if isinstance(x, str))}
+
+
+def _named(reference: Any) -> str | None:
+    """A reference in words: what names it, or the type of an object."""
+    if reference is None or isinstance(reference, str | Path):
+        return reference and str(reference)
+    return type(reference).__qualname__
 
 
 def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> tuple[dict[str, Any], str | None]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import check_documents
 import pytest
 from check_doubles import WHERE, Parts, broken_twin
 from conftest import Bundles
@@ -72,7 +73,7 @@ def test_a_broken_twin_fails_and_is_drilled_into(rope: Path, broken: Path, parts
     assert finding.details == WHERE
     assert "row 0, position" in finding.message
     assert finding.next_step == f"pe-onnx bisect {broken} --mode steps --length 12 --threads 1"
-    assert report.checks[1].divergence == {"text": WHERE, "layer": "decoder.blocks.0.attention"}
+    assert report.checks[1].divergence == check_documents.divergence(WHERE)
     (asked,) = parts.bisected
     assert (asked["folder"], asked["modes"], asked["tokens"]) == (broken, ["steps"], 12)
 

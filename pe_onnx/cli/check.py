@@ -210,12 +210,13 @@ def _say(check: BundleCheck) -> None:
 
 
 def _print(report: CheckReport, to_stderr: bool) -> None:
-    """The table, what failed with its next step, and the verdict."""
+    """The table, what failed with its next step, sessions that part or fell back, and the verdict."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from pe_onnx.check_report import COLUMNS, printable, row, skipped, tolerance_rules
+    from pe_onnx.cli._matrix import print_matrix
 
     console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -249,8 +250,9 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
             if finding.next_step:
                 say(f"  next: {escape(finding.next_step)}")
     for check in report.checks:
-        for finding in check.fallbacks:
-            say(f"[yellow]{escape(check.label)}, {escape(finding.name)}[/]: {escape(finding.message)}")
+        if check.sessions is not None and (not check.sessions["passed"] or check.sessions["fallbacks"]):
+            console.print()
+            print_matrix(check.sessions, check.label, console)
     for (title, why), labels in skipped(report).items():
         of = "all" if len(labels) == len(report.checks) else ", ".join(labels)
         say(f"[dim]skipped: {escape(f'{title}: {why} ({of})')}[/]")
