@@ -5,7 +5,6 @@ A part adds its findings and its own report to a BundleCheck. What it needs is i
 
 from __future__ import annotations
 
-import shlex
 import time
 import traceback
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 
 from pe_onnx.bundle import Bundle
 from pe_onnx.check_report import BundleCheck, Figure, Finding
+from pe_onnx.commands import command
 from pe_onnx.errors import MissingDependencyError, PeOnnxError
 from pe_onnx.suite import Budgets
 
@@ -52,25 +52,23 @@ class Subject:
 
     def command(self, name: str, *options: str) -> str:
         """``pe-onnx NAME DIR`` with what this check was told of parity."""
-        words = ["pe-onnx", name, str(self.folder), *options]
-        given = {
-            "--reference": self.named,
-            "--length": None if self.tokens == default_tokens() else self.tokens,
-            "--tolerance": self.tolerance,
-            "--seed": self.seed or None,
-        }
-        words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
-        return shlex.join(words + self._session())
+        return command(
+            name,
+            self.folder,
+            *options,
+            reference=self.named,
+            tokens=self.tokens,
+            tolerance=self.tolerance,
+            seed=self.seed,
+            provider=self.provider,
+            threads=self.threads,
+        )
 
     @property
     def bench(self) -> str:
         """The command that shows where the time goes."""
         profile = ["--profile"] if self.provider == "cpu" else []  # elsewhere onnxruntime sees kernels start, not end
-        return shlex.join(["pe-onnx", "bench", str(self.folder), *profile, *self._session()])
-
-    def _session(self) -> list[str]:
-        provider = ["--provider", self.provider] if self.provider != "cpu" else []
-        return provider + (["--threads", str(self.threads)] if self.threads else [])
+        return command("bench", self.folder, *profile, provider=self.provider, threads=self.threads)
 
 
 def default_tokens() -> int:

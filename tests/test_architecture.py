@@ -43,7 +43,7 @@ LAYERS = [
     ("eager",),
     ("parity", "latency", "regression"),
     ("plots", "bisection"),
-    ("named_reference", "check_report"),
+    ("named_reference", "check_report", "commands"),
     ("suite", "check_junit", "check_markdown"),
     ("check_parts",),
     ("checking",),
