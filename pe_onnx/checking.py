@@ -275,9 +275,9 @@ def _references(wanted: Iterable[Any], folders: tuple[Path, ...]) -> dict[str, A
 
 def _named(reference: Any) -> str | None:
     """A reference in words: what names it, or the type of an object."""
-    if reference is None or isinstance(reference, str | Path):
-        return reference and str(reference)
-    return type(reference).__qualname__
+    if reference is None:
+        return None
+    return str(reference) if isinstance(reference, str | Path) else type(reference).__qualname__
 
 
 def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> tuple[dict[str, Any], str | None]:
