@@ -81,8 +81,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 @click.option("--encoding", default="rope", show_default=True)
 @click.option("--layers", default=5, show_default=True, help="Of the unchanged bundle; the other has one more.")
 @click.option("--max-regression", default=0.1, show_default=True)
-@click.option("--budget", default=5.0, show_default=True, help="Seconds of one measurement.")
-@click.option("--baseline-budget", default=60.0, show_default=True, help="Seconds of the baseline's.")
+@click.option("--budget", default=regression.MEASUREMENT_S, show_default=True, help="Seconds of one measurement.")
+@click.option("--baseline-budget", default=regression.BASELINE_S, show_default=True, help="Seconds of the baseline's.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
 def main(
     runs: int,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pe_onnx.bundle import Bundle, read_bundle
-from pe_onnx.errors import BundleError, InputError, needs
+from pe_onnx.errors import BundleError, InputError, first_line, needs
 from pe_onnx.session import onnxruntime
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Tables:
         try:
             self.session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
         except Exception as error:
-            raise BundleError(f"onnxruntime cannot load the rotation of {bundle.model}: {_line(error)}") from error
+            raise BundleError(f"onnxruntime cannot load the rotation of {bundle.model}: {first_line(error)}") from error
 
     def errors(self, position: int) -> Iterator[AngleError]:
         """Of each pair of tables."""
@@ -200,7 +200,8 @@ class Tables:
         try:
             values = self.session.run(None, feeds)
         except Exception as error:
-            raise BundleError(f"onnxruntime cannot run the rotation of {self.bundle.model}: {_line(error)}") from error
+            reason = first_line(error)
+            raise BundleError(f"onnxruntime cannot run the rotation of {self.bundle.model}: {reason}") from error
         names = [output.name for output in self.session.get_outputs()]
         rows = {name: _rows(value.astype(np.float64), T) for name, value in zip(names, values, strict=True)}
         return {str(value.name): rows[f"exposed_{i}"] for i, value in enumerate(self.exposed)}
@@ -218,10 +219,6 @@ def _nearest(angles: Array, frequencies: Array) -> Array:
 
 def _shown(ulps: float) -> str:
     return f"{ulps:.2g}" if ulps < 10 else f"{ulps:,.0f}"
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _cut(model: ir.Model, exposed: Sequence[ir.Value]) -> list[str]:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pe_onnx.errors import ConfigError
 from pe_onnx.relative import Relative
+from pe_onnx.report_files import write_report
 
 FORMAT = 1
 KIND = "pe-onnx latency baselines"
 
 
-def baseline_key(folder: str | Path, provider: str) -> str:
-    """``bundle@cpu``: the name under which a bundle's baseline stands."""
-    return f"{Path(folder).resolve().name}@{provider}"
+class OtherFormatError(ConfigError):
+    """A file of baselines in a format that this pe-onnx does not read; it can be made again."""
+
+    def __init__(self, path: str | Path, format: Any) -> None:
+        super().__init__(
+            f"baseline {path} has format {format!r}, this pe-onnx reads {FORMAT}: make it again with --update-baseline"
+        )
+        self.format = format
 
 
 def read_baselines(path: str | Path) -> dict[str, Relative]:
-    """Key to baseline. Raises ConfigError for a file that is missing, no baselines, or of another format."""
+    """Key, such as ``bundle@cpu`` (``BundleCheck.key``), to baseline.
+
+    Raises ConfigError for a file that is missing or holds none, and OtherFormatError for one of another format.
+    """
     try:
         values = json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -33,10 +40,7 @@ def read_baselines(path: str | Path) -> dict[str, Relative]:
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise ConfigError(f"baseline {path} holds no {KIND}")
     if values.get("format") != FORMAT:
-        raise ConfigError(
-            f"baseline {path} has format {values.get('format')!r}, this pe-onnx reads {FORMAT}: make it again with "
-            f"--update-baseline"
-        )
+        raise OtherFormatError(path, values.get("format"))
     found = {}
     entries = values.get("bundles")
     if not isinstance(entries, dict):
@@ -50,21 +54,6 @@ def read_baselines(path: str | Path) -> dict[str, Relative]:
 
 
 def write_baselines(path: str | Path, baselines: dict[str, Relative]) -> None:
-    """Beside its place and renamed: a killed run leaves the old file or none. Raises ConfigError where it cannot."""
-    path = Path(path)
+    """Written whole or not at all, folders that are missing made. Raises ExportError where it cannot."""
     values = {"kind": KIND, "format": FORMAT, "bundles": {key: one.to_dict() for key, one in sorted(baselines.items())}}
-    partial = None
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"baseline {path} cannot be written: {error.strerror}") from None
-    finally:
-        if partial is not None:
-            with suppress(OSError):
-                os.unlink(partial)
+    write_report(Path(path), json.dumps(values, indent=2) + "\n")

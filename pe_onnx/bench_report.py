@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pe_onnx.operator_times import Profile
+from pe_onnx.plain_values import plain
 
 FORMAT = 1
 
@@ -100,7 +101,7 @@ class BenchReport:
         """JSON-ready: bytes, ms, s and tokens are in the names; infinite and unknown figures are None."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         values["profile"] = [profile.to_dict() for profile in self.profile]
-        return _plain(values)
+        return dict(plain(values))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One flat row for each figure: contestant, measure, depth, value, its interval, unit."""
@@ -153,14 +154,3 @@ def _rows_of(figures: Figures) -> Iterator[dict[str, Any]]:
         yield _row(name, "cache", depth, size, None, "bytes")
     if figures.peak_memory_bytes is not None:
         yield _row(name, "peak_memory", None, figures.peak_memory_bytes, None, "bytes")
-
-
-def _plain(value: Any) -> Any:
-    """What JSON takes: keys as text, tuples as lists, and None for numbers that are none."""
-    if isinstance(value, dict):
-        return {str(key): _plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

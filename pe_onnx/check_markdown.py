@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pe_onnx.check_report import COLUMNS, BundleCheck, CheckReport, printable, row, tolerance_rules, tool_versions
+from pe_onnx.check_report import (
+    COLUMNS,
+    TOOLS,
+    BundleCheck,
+    CheckReport,
+    printable,
+    row,
+    skipped,
+    tolerance_rules,
+)
+from pe_onnx.machine import versions
 
 LONGEST_DETAILS = 4000
 """Characters of one finding's details: GitHub drops a summary of more than 1 MiB."""
@@ -13,8 +23,6 @@ LONGEST_DETAILS = 4000
 
 def to_markdown(report: CheckReport) -> str:
     """GitHub's Markdown, a line break at its end."""
-    from pe_onnx import __version__
-
     word, _, rest = report.verdict.partition(": ")
     lines = [f"## pe-onnx check: {word}", "", text(rest), ""]
     lines += [_line(COLUMNS), _line(["---", "---", *["---:"] * (len(COLUMNS) - 3), "---"])]
@@ -31,11 +39,13 @@ def to_markdown(report: CheckReport) -> str:
     lines += [line for rule in tolerance_rules(report) for line in ("", f"Allowed: {text(rule)}")]
     if report.baseline_written:
         lines += ["", f"Baseline written: {text(report.baseline_written)}"]
-    skipped = _skipped(report)
-    if skipped:
-        lines += ["", "<details><summary>Skipped</summary>", "", *skipped, "", "</details>"]
-    tools = ", ".join(f"{name} {version}" for name, version in tool_versions().items())
-    lines += ["", f"<sub>pe-onnx {__version__}, {text(tools)}; {report.started}, {report.seconds:.0f} s</sub>"]
+    left_out = skipped(report)
+    if left_out:
+        lines += ["", "<details><summary>Skipped</summary>", ""]
+        lines += [f"- {text(name)}: {text(why)} ({text(', '.join(of))})" for (name, why), of in left_out.items()]
+        lines += ["", "</details>"]
+    tools = ", ".join(f"{name} {version}" for name, version in versions(TOOLS).items())
+    lines += ["", f"<sub>{text(tools)}; {report.started}, {report.seconds:.0f} s</sub>"]
     return "\n".join(lines) + "\n"
 
 
@@ -66,16 +76,6 @@ def _modes(modes: list[dict[str, Any]]) -> list[str]:
             _line([text(mode["mode"]), str(mode["positions"]), *figures, text(mode["first_difference"] or "")])
         )
     return lines
-
-
-def _skipped(report: CheckReport) -> list[str]:
-    """One line for each reason."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for check in report.checks:
-        for finding in check.findings:
-            if finding.status == "skipped":
-                found.setdefault((finding.title, finding.message), []).append(check.label)
-    return [f"- {text(name)}: {text(why)} ({text(', '.join(labels))})" for (name, why), labels in found.items()]
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

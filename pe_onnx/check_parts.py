@@ -5,7 +5,6 @@ A part adds its findings and its own report to a BundleCheck. What it needs is i
 
 from __future__ import annotations
 
-import shlex
 import time
 import traceback
 from collections import Counter
@@ -18,13 +17,11 @@ from typing import Any
 
 from pe_onnx.bundle import Bundle
 from pe_onnx.check_report import BundleCheck, Figure, Finding
+from pe_onnx.commands import command
 from pe_onnx.errors import MissingDependencyError, PeOnnxError
 from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.suite import Budgets
 
-DEPTHS = (128, 1024)
-"""Tokens in the cache at which decode steps are timed; fewer where the encoding takes fewer."""
-PROMPT_TOKENS = 128
 BASELINE = "baseline"
 """The name of what was measured for a new baseline."""
 FIGURES = (
@@ -56,25 +53,23 @@ class Subject:
 
     def command(self, name: str, *options: str) -> str:
         """``pe-onnx NAME DIR`` with what this check was told of parity."""
-        words = ["pe-onnx", name, str(self.folder), *options]
-        given = {
-            "--reference": self.named,
-            "--length": None if self.tokens == default_tokens() else self.tokens,
-            "--tolerance": self.tolerance,
-            "--seed": self.seed or None,
-        }
-        words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
-        return shlex.join(words + self._session())
+        return command(
+            name,
+            self.folder,
+            *options,
+            reference=self.named,
+            tokens=self.tokens,
+            tolerance=self.tolerance,
+            seed=self.seed,
+            provider=self.provider,
+            threads=self.threads,
+        )
 
     @property
     def bench(self) -> str:
         """The command that shows where the time goes."""
         profile = ["--profile"] if self.provider == "cpu" else []  # elsewhere onnxruntime sees kernels start, not end
-        return shlex.join(["pe-onnx", "bench", str(self.folder), *profile, *self._session()])
-
-    def _session(self) -> list[str]:
-        provider = ["--provider", self.provider] if self.provider != "cpu" else []
-        return provider + (["--threads", str(self.threads)] if self.threads else [])
+        return command("bench", self.folder, *profile, provider=self.provider, threads=self.threads)
 
 
 def default_tokens() -> int:
@@ -159,7 +154,7 @@ def drill_down(folder: Path, reference: Any, **options: Any) -> tuple[str, dict[
         return one_line(f"no drill-down: {error}"), None
     if found is None:
         return "no drill-down: no intermediate value of the two sides differs", None
-    return one_line(found.text), {"text": found.text, **found.to_dict()}
+    return one_line(found.text), found.to_dict()
 
 
 def sessions(check: BundleCheck, subject: Subject) -> None:
@@ -171,7 +166,10 @@ def sessions(check: BundleCheck, subject: Subject) -> None:
 
     begin = time.perf_counter()
     providers = tuple(dict.fromkeys(("cpu", subject.provider)))
-    matrix = compare_sessions(subject.folder, providers, tolerance=subject.tolerance)
+    threads = tuple(dict.fromkeys((subject.threads, 0, 1)))
+    matrix = compare_sessions(
+        subject.folder, providers, threads=threads, tolerance=subject.tolerance, seed=subject.seed
+    )
     seconds = time.perf_counter() - begin
     values = check.sessions = matrix.to_dict()
     names = values["names"]
@@ -201,14 +199,7 @@ def latency(check: BundleCheck, subject: Subject, budget_s: float) -> None:
     from pe_onnx.latency import bench
 
     begin = time.perf_counter()
-    report = bench(
-        subject.folder,
-        provider=subject.provider,
-        threads=subject.threads,
-        depths=DEPTHS,
-        prompt_tokens=PROMPT_TOKENS,
-        budget_s=budget_s,
-    )
+    report = bench(subject.folder, provider=subject.provider, threads=subject.threads, budget_s=budget_s)
     check.latency = report.to_dict()
     own = check.latency["contestants"][0]
     figures: dict[str, Figure] = {
@@ -298,25 +289,13 @@ def _best(interval: Sequence[float] | None, end: int) -> float | None:
     return None if interval is None else interval[end]
 
 
-def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regression: float, budget_s: float) -> None:
+def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regression: float) -> None:
     """Latency relative to a yardstick of this machine, against the same of the baseline."""
     from pe_onnx.regression import compare
 
     begin = time.perf_counter()
-    result = compare(
-        subject.folder,
-        baseline,
-        max_regression,
-        provider=subject.provider,
-        threads=subject.threads,
-        budget_s=budget_s,
-    )
-    check.regression = {
-        "text": result.text,
-        "change": float(result.change),
-        "max_regression": max_regression,
-        **result.to_dict(),
-    }
+    result = compare(subject.folder, baseline, max_regression, provider=subject.provider, threads=subject.threads)
+    check.regression = result.to_dict()
     finding = Finding("regression", "regression", "passed" if result.passed else "failed", one_line(result.text))
     finding.figures = {"change": float(result.change), "max_regression": max_regression}
     finding.seconds = time.perf_counter() - begin
@@ -325,14 +304,15 @@ def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regressi
     check.findings.append(finding)
 
 
-def new_baseline(check: BundleCheck, subject: Subject, budget_s: float) -> Any:
-    """The bundle's latency relative to a yardstick, for later checks."""
+def new_baseline(check: BundleCheck, subject: Subject, replaced: str | None) -> Any:
+    """The bundle's latency relative to a yardstick, for later checks. replaced: why the file begins afresh."""
     from pe_onnx.regression import measure
 
     begin = time.perf_counter()
-    measured = measure(subject.folder, provider=subject.provider, threads=subject.threads, budget_s=budget_s)
+    measured = measure(subject.folder, provider=subject.provider, threads=subject.threads)
     seconds = time.perf_counter() - begin
-    check.findings.append(Finding("regression", BASELINE, "passed", "measured for the baseline", seconds=seconds))
+    message = "; ".join(filter(None, ("measured for the baseline", replaced)))
+    check.findings.append(Finding("regression", BASELINE, "passed", message, seconds=seconds))
     return measured
 
 

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import math
-import os
-import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
+from pe_onnx.plain_values import plain
 
 Status = Literal["passed", "failed", "error", "skipped"]
 """``failed``: measured and not good enough. ``error``: could not be measured, and that is no pass either."""
@@ -20,7 +18,7 @@ Figure = float | int | str | bool | None
 
 FORMAT = 1
 SCHEMA = Path(__file__).with_name("check.schema.json")
-TOOLS = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnx", "torch", "transformers")
+TOOLS = (*RUNTIME_PACKAGES, "onnx", "torch", "transformers")
 
 
 @dataclass
@@ -154,12 +152,8 @@ class CheckReport:
                 "verdict": self.verdict,
                 "started": self.started,
                 "seconds": self.seconds,
-                "machine": {
-                    "platform": platform.platform(),
-                    "cpus": os.cpu_count(),
-                    "python": platform.python_version(),
-                },
-                "tools": tool_versions(),
+                "machine": describe_machine(),
+                "tools": versions(TOOLS),
                 "options": self.options,
                 "baseline_written": self.baseline_written,
                 "checks": [_check_dict(check) for check in self.checks],
@@ -180,32 +174,18 @@ def _parts(check: BundleCheck) -> str:
     return ", ".join(part if names == [part] else f"{part} ({', '.join(names)})" for part, names in found.items())
 
 
-def plain(value: Any) -> Any:
-    """What JSON takes: None for numbers that are not finite, Python's numbers for numpy's, lists for tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
 def printable(line: str) -> str:
     """With an escape such as ``\\x1b`` in place of what cannot be shown: a folder's name may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
-def tool_versions() -> dict[str, str]:
-    """Of the installed packages that a figure depends on, found without importing them."""
-    found = {}
-    for name in TOOLS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+def skipped(report: CheckReport) -> dict[tuple[str, str], list[str]]:
+    """What was left out, by title and reason, to the labels of the bundles."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for check in report.checks:
+        for finding in check.findings:
+            if finding.status == "skipped":
+                found.setdefault((finding.title, finding.message), []).append(check.label)
     return found
 
 

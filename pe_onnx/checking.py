@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_onnx import check_parts
+from pe_onnx.baselines import OtherFormatError
 from pe_onnx.bundle import read_bundle
 from pe_onnx.check_parts import Subject, caught
 from pe_onnx.check_report import BundleCheck, CheckReport, Finding
@@ -51,10 +52,11 @@ def check(
     bundles: folders, or Entries, whose own settings come before those given here. reference, modes, tolerance, tokens,
     seed and threads are ``check_parity``'s, and a reference may be ``module:attribute`` too, importable from the
     working directory or a folder of ``import_from``. matrix and latency: False leaves a part out, and the report says
-    so. budget_s: seconds of measuring latency a bundle. baseline: a file of ``write_baselines``; a bundle fails that is
-    slower by more than ``max_regression``, a share, relative to it. update_baseline: measure and write that file
-    instead, other entries kept, but none of a bundle whose parity fails. progress is called as a part of a bundle
-    begins, PARTS times a bundle and provider; finished as a bundle is done on a provider.
+    so. budget_s: seconds of measuring latency a bundle; what the baseline is about has a time of its own. baseline: a
+    file of ``write_baselines``; a bundle fails that is slower by more than ``max_regression``, a share, relative to it.
+    update_baseline: measure and write that file instead, other entries kept unless they are of another format, but none
+    of a bundle whose parity fails. progress is called as a part of a bundle begins, PARTS times a bundle and provider;
+    finished as a bundle is done on a provider.
 
     Raises ConfigError for what is asked wrongly, before anything is measured; CheckpointError for a reference that
     does not exist; MissingDependencyError where a package is missing. A bundle that is none, a provider that cannot be
@@ -65,25 +67,30 @@ def check(
     _require(entries, modes, tolerance, tokens, seed, threads, budget_s, max_regression)
     references = _references([reference, *(entry.reference for entry in entries)], tuple(import_from))
     known: dict[str, Any] = {}
+    replaced = None
     if update_baseline and (baseline is None or not latency):
         raise ConfigError("update_baseline needs a baseline, the file to write, and latency measured")
     if baseline is not None:
-        known = _read_baseline(Path(baseline), entries, update_baseline)
+        known, replaced = _read_baseline(Path(baseline), entries, update_baseline)
     report = CheckReport(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         options={
             "providers": names,
+            "reference": _named(reference),
             "modes": None if modes is None else list(modes),
             "tolerance": tolerance,
             "tokens": tokens,
             "seed": seed,
             "threads": threads,
+            "matrix": matrix,
+            "latency": latency,
+            "budget_s": budget_s,
             "baseline": None if baseline is None else str(baseline),
             "max_regression": max_regression,
         },
     )
     begin = time.perf_counter()
-    measured: dict[str, Any] = {}
+    gate = _Regression(known, baseline is not None, max_regression, update_baseline, {}, replaced)
     for entry in entries:
         for provider in names:
             wanted = reference if entry.reference is None else entry.reference
@@ -103,14 +110,14 @@ def check(
                 ),
                 matrix="left out, as asked" if not matrix else None,
                 latency="left out, as asked" if not latency else None,
-                regression=_Regression(known, baseline is not None, max_regression, update_baseline, measured),
+                regression=gate,
                 budget_s=budget_s,
                 progress=progress,
             )
             report.checks.append(result)
             finished(result)
-    if measured:
-        _write_baseline(report, Path(str(baseline)), {**known, **measured})
+    if gate.measured:
+        _write_baseline(report, Path(str(baseline)), {**known, **gate.measured})
     report.seconds = time.perf_counter() - begin
     return report
 
@@ -125,6 +132,8 @@ class _Regression:
     limit: float
     update: bool
     measured: dict[str, Any]
+    replaced: str | None
+    """Why nothing of the file that stands there is kept."""
 
     def why_not(self, check: BundleCheck) -> str | None:
         if not self.given:
@@ -136,11 +145,11 @@ class _Regression:
             return f"the baseline has no {check.key}; add it with --update-baseline"
         return None
 
-    def run(self, check: BundleCheck, subject: Subject, budget_s: float) -> None:
+    def run(self, check: BundleCheck, subject: Subject) -> None:
         if self.update:
-            self.measured[check.key] = check_parts.new_baseline(check, subject, budget_s)
+            self.measured[check.key] = check_parts.new_baseline(check, subject, self.replaced)
         else:
-            check_parts.regression(check, subject, self.known[check.key], self.limit, budget_s)
+            check_parts.regression(check, subject, self.known[check.key], self.limit)
 
 
 def _check_one(
@@ -173,16 +182,15 @@ def _check_one(
         if why_not is not None:
             check.findings.append(Finding(part, part, "skipped", why_not))
             continue
-        share = budget_s / 2 if regression.given and part in ("latency", "regression") else budget_s
         with caught(check, part):
             if part == "parity":
                 check_parts.parity(check, subject)
             elif part == "sessions":
                 check_parts.sessions(check, subject)
             elif part == "latency":
-                check_parts.latency(check, subject, share)
+                check_parts.latency(check, subject, budget_s)
             else:
-                regression.run(check, subject, share)
+                regression.run(check, subject)
     if subject is not None and not failed:
         check_parts.budgets(check, subject, "latency was not measured" if check.latency is None else "")
     check.seconds = time.perf_counter() - begin
@@ -194,10 +202,9 @@ def _write_baseline(report: CheckReport, file: Path, entries: dict[str, Any]) ->
     from pe_onnx.regression import write_baselines
 
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_baselines(file, entries)
         report.baseline_written = str(file)
-    except (PeOnnxError, OSError) as error:
+    except PeOnnxError as error:
         for check in report.checks:
             for finding in check.of("regression"):
                 if finding.name == check_parts.BASELINE:
@@ -250,7 +257,7 @@ def _require(
     if modes is not None and not modes:
         raise ConfigError(f"no mode given (known: {', '.join(ALL_MODES)})")
     for name, value, good, accepted in (
-        ("tolerance", tolerance, tolerance is None or tolerance >= 0, "at least 0"),
+        ("tolerance", tolerance, tolerance is None or 0 <= tolerance < float("inf"), "a finite number, at least 0"),
         ("length", tokens, tokens is None or tokens >= 2, "at least 2 tokens"),
         ("seed", seed, seed >= 0, "at least 0"),
         ("threads", threads, 0 <= threads <= MAX_THREADS, f"in 0..{MAX_THREADS}; 0 is one for each core"),
@@ -266,8 +273,18 @@ def _references(wanted: Iterable[Any], folders: tuple[Path, ...]) -> dict[str, A
     return {text: load_reference(text, folders) for text in dict.fromkeys(x for x in wanted if isinstance(x, str))}
 
 
-def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> dict[str, Any]:
-    """The baseline's entries. Raises ConfigError where it is not there, or cannot tell two bundles apart."""
+def _named(reference: Any) -> str | None:
+    """A reference in words: what names it, or the type of an object."""
+    if reference is None:
+        return None
+    return str(reference) if isinstance(reference, str | Path) else type(reference).__qualname__
+
+
+def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> tuple[dict[str, Any], str | None]:
+    """The baseline's entries, and why there are none of a file that is made anew.
+
+    Raises ConfigError where it is not there, or cannot tell two bundles apart.
+    """
     from pe_onnx.regression import read_baselines
 
     names = Counter(Path(entry.path).resolve().name for entry in entries)
@@ -277,7 +294,12 @@ def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> dict[s
             f"{count} bundles are named {name}, by which the baseline would know them; rename all but one"
         )
     if update and not file.exists():
-        return {}
+        return {}, None
     if not file.is_file():
         raise ConfigError(f"baseline {file} does not exist; make it with --update-baseline")
-    return dict(read_baselines(file))
+    try:
+        return dict(read_baselines(file)), None
+    except OtherFormatError as error:
+        if not update:
+            raise
+        return {}, f"nothing is kept of the file's format {error.format!r}"

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pe_onnx.plain_values import plain
+
 Array = np.ndarray[Any, Any]
 
 HUGE = 1e30
@@ -94,15 +96,7 @@ class Divergence:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; a figure that is not finite is None."""
-        return _finite({**asdict(self), "text": self.text})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+        return plain({**asdict(self), "text": self.text})
 
 
 def difference(want: Array, have: Array, considered: Array | None = None) -> Difference | None:

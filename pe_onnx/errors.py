@@ -72,6 +72,11 @@ def needs(what: str, extra: str) -> Iterator[None]:
         ) from error
 
 
+def first_line(error: BaseException) -> str:
+    """Of another package's message, whose further lines are for its own developers."""
+    return str(error).strip().split("\n", 1)[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'rope'?"`` for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pe_onnx.bundle import Bundle
-from pe_onnx.errors import BundleError, needs
+from pe_onnx.errors import BundleError, first_line, needs
 from pe_onnx.session import PROVIDERS, onnxruntime, resolve_provider
 
 with needs("looking into a graph", "'pe-onnx[export]'"):
@@ -103,7 +103,3 @@ class Runner:
             return dict(zip(self.names, self.session.run(None, dict(feeds)), strict=True))
         except Exception as error:
             raise BundleError(f"onnxruntime cannot run {self.path}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

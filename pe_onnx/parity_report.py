@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pe_onnx.angles import AngleError
+from pe_onnx.plain_values import plain
 from pe_onnx.tolerance import Tolerance
 
 Array = np.ndarray[Any, Any]
@@ -85,12 +86,9 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; a figure that is not finite is None."""
-        values = asdict(self)
         angles = [error._asdict() for error in self.angles]
-        for row in (*values["modes"], *angles):
-            row.update({k: None for k, x in row.items() if isinstance(x, float) and not np.isfinite(x)})
         tolerance = {**self.tolerance._asdict(), "near_tie": self.tolerance.near_tie}
-        return {**values, "tolerance": tolerance, "angles": angles, "passed": self.passed}
+        return dict(plain({**asdict(self), "tolerance": tolerance, "angles": angles, "passed": self.passed}))
 
 
 class Account:

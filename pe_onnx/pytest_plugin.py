@@ -15,7 +15,6 @@ Importing this file imports nothing that pytest has not imported: the rest waits
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +92,8 @@ class _Checked:
     options: dict[str, Any]
     """check_parity's."""
     root: Path
+    named: str | None = None
+    """The reference as a command line names it; None where the manifest does, or no word can."""
     outcome: ParityReport | None = None
     refusal: str = ""
     explanation: str = ""
@@ -116,6 +117,7 @@ class _Checked:
             if isinstance(reference, str | Path):
                 text = str(reference)
                 text = text if is_import(text, self.root) else str(self.root / text)
+                self.named = text
                 self.options["reference"] = load_reference(text, (self.root,))
             self.outcome = check_parity(self.folder, **self.options)
         except PeOnnxError as error:
@@ -128,11 +130,18 @@ class _Checked:
 
             bad = [mode.mode for mode in self.outcome.modes if not mode.passed]
             where, _ = drill_down(self.folder, **{**self.options, "modes": bad})
-            self.explanation = _explained(self.outcome, where, bad[0])
+            self.explanation = _explained(self.outcome, where, self._bisect(bad[0]))
         return self.explanation
 
+    def _bisect(self, mode: str) -> str:
+        """The command that drills further into a mode."""
+        from pe_onnx.commands import command
 
-def _explained(report: ParityReport, where: str, mode: str) -> str:
+        options = {name: value for name, value in self.options.items() if name not in ("modes", "reference")}
+        return command("bisect", self.folder, "--mode", mode, reference=self.named, **options)
+
+
+def _explained(report: ParityReport, where: str, next_step: str) -> str:
     rows = [("mode", "positions", "of spread", "top-1", "first over")]
     for m in report.modes:
         figures = (str(m.positions), f"{m.relative_error:.1e}", f"{m.top1_agreement:.1%}")
@@ -145,7 +154,7 @@ def _explained(report: ParityReport, where: str, mode: str) -> str:
         *("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows),
         "",
         f"{report.dtype} allows an error of {report.tolerance.error:.0e} of the logits' spread ({report.spread:.3g})",
-        f"next: {shlex.join(('pe-onnx', 'bisect', report.bundle, '--mode', mode))}",
+        f"next: {next_step}",
     ]
     return "\n".join(lines)
 

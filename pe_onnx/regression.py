@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pe_onnx.baselines import baseline_key, read_baselines, write_baselines
+from pe_onnx.baselines import read_baselines, write_baselines
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.contestants import BundleContestant, random_tokens
 from pe_onnx.errors import ConfigError
@@ -31,7 +31,6 @@ from pe_onnx.yardstick import Sizes, Yardstick
 __all__ = [
     "Regression",
     "Relative",
-    "baseline_key",
     "compare",
     "decide",
     "measure",
@@ -46,6 +45,8 @@ LEAST_PROCESSES, MOST_PROCESSES = LEAST_SAMPLES, 8
 Of fewer there is no interval of 95 %."""
 BASELINE_PROCESSES = 16
 """A baseline's own error is in every verdict: it is worth more processes."""
+BASELINE_S, MEASUREMENT_S = 60.0, 5.0
+"""Of a baseline, and of each measurement that is compared with one: after which no further process is started."""
 SAMPLE_S = 0.004
 """A shorter call is repeated within one sample: a clock's steps and a call's overhead are small beside this."""
 ROUNDS = {"decode": 15, "prefill": 5}
@@ -91,7 +92,7 @@ def measure(
     provider: str = "cpu",
     threads: int = 0,
     yardstick: Sizes | None = None,
-    budget_s: float = 30.0,
+    budget_s: float = BASELINE_S,
     processes: int = BASELINE_PROCESSES,
 ) -> Relative:
     """Measure a bundle's decode step and prompt as multiples of a yardstick's: by default for a baseline.
@@ -188,7 +189,7 @@ def compare(
     *,
     provider: str = "cpu",
     threads: int = 0,
-    budget_s: float = 5.0,
+    budget_s: float = MEASUREMENT_S,
 ) -> Regression:
     """Whether a bundle is slower than its baseline by more than ``max_regression`` (0.1 is 10 %), in steps or prompts.
 

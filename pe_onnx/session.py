@@ -12,7 +12,7 @@ import numpy as np
 
 from pe_onnx import contract
 from pe_onnx.bundle import Bundle
-from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, needs
+from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line, needs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loads
 with needs("running a bundle", "'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (never both)"):
@@ -175,8 +175,7 @@ class Session:
         return Path(self.inference.end_profiling())
 
     def _failed(self, what: str, error: Exception) -> BundleError:
-        reason = str(error).strip().split("\n", 1)[0]
-        return BundleError(f"onnxruntime cannot {what} {self.model}: {reason}")
+        return BundleError(f"onnxruntime cannot {what} {self.model}: {first_line(error)}")
 
     def binding(self) -> Any:
         """An empty onnxruntime IOBinding."""

@@ -20,6 +20,7 @@ import numpy as np
 from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import make_cache
+from pe_onnx.plain_values import plain
 from pe_onnx.session import LEVELS, PROVIDERS, RECORD_PLACEMENT, PlacedNode, Session, resolve_provider
 from pe_onnx.sources import Sources
 from pe_onnx.tolerance import Tolerance, given, tolerance_for
@@ -89,17 +90,18 @@ class SessionMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; a difference that is not finite is None."""
-        return {
+        values = {
             "bundle": self.bundle,
             "names": self.names,
-            "differences": [[_finite(x) for x in row] for row in self.differences],
-            "spread": _finite(self.spread),
+            "differences": self.differences,
+            "spread": self.spread,
             "positions": self.positions,
-            "tolerance": {"error": self.tolerance.error, "rule": self.tolerance.rule},
+            "tolerance": self.tolerance._asdict(),
             "fallbacks": [fallback._asdict() for fallback in self.fallbacks],
-            "failures": [{**cell._asdict(), "difference": _finite(cell.difference)} for cell in self.failures],
+            "failures": [cell._asdict() for cell in self.failures],
             "passed": self.passed,
         }
+        return dict(plain(values))
 
 
 class Setting(NamedTuple):
@@ -211,10 +213,6 @@ def _sources(bundle: Bundle, count: int, seed: int) -> list[list[int]]:
 
 def _difference(a: Array, b: Array) -> float:
     return float(np.abs(a - b).max()) if np.isfinite(a).all() and np.isfinite(b).all() else float("inf")
-
-
-def _finite(x: float) -> float | None:
-    return x if np.isfinite(x) else None
 
 
 # Nodes of a function's body have names like ``_inlfunc_CachedAttention_token_3_n0`` once onnxruntime has inlined it:

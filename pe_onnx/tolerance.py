@@ -21,6 +21,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from pe_onnx.errors import ConfigError
+
 
 class Rule(NamedTuple):
     """``factor u sqrt(layers + fixed)``, ``u = 2^-bits``."""
@@ -67,5 +69,7 @@ def tolerance_for(dtype: str, layers: int) -> Tolerance:
 
 
 def given(error: float) -> Tolerance:
-    """A tolerance that someone chose."""
+    """A tolerance that someone chose. Raises ConfigError for what is no number from 0."""
+    if not 0 <= error < math.inf:
+        raise ConfigError(f"tolerance = {error} must be a finite number, at least 0")
     return Tolerance(error, f"given: {error:.1e} of the logits' spread")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from pe_onnx import __version__
 from pe_onnx.bundle import ENCODER
-from pe_onnx.errors import ConfigError, ExportError, PeOnnxError, needs
+from pe_onnx.errors import ConfigError, ExportError, PeOnnxError, first_line, needs
 
 with needs("export", "'pe-onnx[export]'"):
     import onnx_ir as ir
@@ -105,8 +105,7 @@ def _named_failures() -> Iterator[None]:
         cause = _root_cause(error)
         if isinstance(cause, PeOnnxError):
             raise cause from error
-        first_line = str(cause).strip().split("\n", 1)[0]
-        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line}") from error
+        raise ExportError(f"the exporter failed: {type(cause).__name__}: {first_line(cause)}") from error
 
 
 def _check_lengths(program: torch.export.ExportedProgram, limit: int | None) -> None:

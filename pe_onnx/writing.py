@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import importlib.metadata
 import json
-import platform
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pe_onnx import __version__, contract
+from pe_onnx import contract
 from pe_onnx.bundle import DECODER, FORMAT, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
 from pe_onnx.errors import needs
+from pe_onnx.machine import versions
 
 with needs("export", "'pe-onnx[export]'"):
     import onnx_ir as ir
@@ -173,7 +171,7 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
             "functions": sorted(functions),
             "weight_bytes": sum(weights.values()),
         },
-        "tools": {"pe-onnx": __version__, "python": platform.python_version(), **_tool_versions()},
+        "tools": versions(TOOLS),
     }
 
 
@@ -183,11 +181,3 @@ def _score_heads(node: ir.Node) -> int:
         return 0
     fused = not any(node.inputs[7:]) and not node.attributes.get_float("softcap")
     return 0 if fused else node.attributes.get_int("num_heads")
-
-
-def _tool_versions() -> dict[str, str]:
-    versions = {}
-    for tool in TOOLS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[tool] = importlib.metadata.version(tool)
-    return versions

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import check_documents
 import onnx
 import pytest
 from onnx import numpy_helper
@@ -77,17 +78,13 @@ class Parts:
             "decode": decode,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-        return SimpleNamespace(to_dict=lambda: {"contestants": [own]})
+        return SimpleNamespace(to_dict=lambda: check_documents.bench(own))
 
     def compare_sessions(self, folder: Path, providers: Any = ("cpu",), **options: Any) -> Any:
         self.asked.append(("sessions", {"folder": folder, "providers": providers, **options}))
         names = ["cpu, optimised, all cores", "cpu, not optimised, all cores", "cpu, optimised, 1 thread"]
         differences = [[0.0 if i == j else self.apart * (1 in (i, j)) for j in range(3)] for i in range(3)]
-        failures = [{"a": names[0], "b": names[1], "difference": self.apart}] if self.apart else []
-        failures += [{"a": names[1], "b": names[2], "difference": self.apart}] if self.apart else []
-        values = {"names": names, "differences": differences, "fallbacks": self.fallbacks, "failures": failures}
-        values["passed"] = not failures
-        return SimpleNamespace(passed=not failures, to_dict=lambda: values)
+        return check_documents.matrix(names, differences, self.fallbacks)
 
     def measure(self, folder: Path, **options: Any) -> Any:
         self.asked.append(("measure", {"folder": folder, **options}))
@@ -95,10 +92,7 @@ class Parts:
 
     def compare(self, folder: Path, baseline: Any, max_regression: float, **options: Any) -> Any:
         self.asked.append(("compare", {"folder": folder, "baseline": baseline, **options}))
-        passed = self.change <= max_regression
-        text = f"{self.change:+.1%} against the baseline, {max_regression:.0%} allowed"
-        values = {"passed": passed, "change": self.change, "interval": [self.change, self.change]}
-        return SimpleNamespace(**values, text=text, to_dict=lambda: values)
+        return check_documents.regression(self.change, max_regression)
 
     def read_baselines(self, path: Path) -> dict[str, Any]:
         return self.baseline
@@ -108,7 +102,7 @@ class Parts:
 
     def bisect(self, folder: Path, reference: Any = None, **options: Any) -> Any:
         self.bisected.append({"folder": folder, "reference": reference, **options})
-        return SimpleNamespace(text=WHERE, to_dict=lambda: {"layer": "decoder.blocks.0.attention"})
+        return SimpleNamespace(text=WHERE, to_dict=lambda: check_documents.divergence(WHERE))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In place of the modules that a check imports when it comes to them."""

@@ -23,6 +23,7 @@ Bundles = Callable[..., Path]
 
 
 LONG = (
+    *("test_bisection", "test_session_matrix", "test_pytest_plugin", "test_bench", "test_cli_check"),
     *("test_sweep", "test_rope_scaling", "test_real_checkpoints", "test_t5_task", "test_optimum", "test_t5"),
     *("test_config_mutations", "test_families", "test_export_proof", "test_broken_twins", "test_encoding_config"),
     *("test_t5_tokenizers", "test_generate", "test_bundle_killed", "test_cli_mistakes", "test_discovery"),

@@ -13,7 +13,7 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "tolerance", "machine"),
+    ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values"),
     ("intervals", "graph_nodes", "fresh_process", "yardstick_model"),
     ("attribution", "turns"),
     ("bundle",),
@@ -45,7 +45,7 @@ LAYERS = [
     ("parity", "latency", "regression"),
     ("plots", "failing_run"),
     ("bisection",),
-    ("named_reference", "report_files", "check_report"),
+    ("named_reference", "check_report", "commands"),
     ("suite", "check_junit", "check_markdown"),
     ("check_parts",),
     ("checking",),
@@ -60,7 +60,8 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 RUNTIME = (
     *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
     *("tokenizer", "sampling", "beam_search", "generate"),
-    *("machine", "intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
+    *("machine", "report_files", "plain_values"),
+    *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
     *("operator_times", "yardstick_model", "yardstick", "relative", "baselines", "regression"),
     *("bench_report", "bench_tables"),
 )

@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import check_documents
 import pytest
 from check_doubles import WHERE, Parts, broken_twin
 from conftest import Bundles
 
 import pe_onnx
+from pe_onnx.baselines import KIND, read_baselines
 from pe_onnx.check_report import CheckReport
 from pe_onnx.errors import BundleError, CheckpointError, ConfigError, MissingDependencyError
 from pe_onnx.suite import Budgets, Entry
@@ -71,7 +73,7 @@ def test_a_broken_twin_fails_and_is_drilled_into(rope: Path, broken: Path, parts
     assert finding.details == WHERE
     assert "row 0, position" in finding.message
     assert finding.next_step == f"pe-onnx bisect {broken} --mode steps --length 12 --threads 1"
-    assert report.checks[1].divergence == {"text": WHERE, "layer": "decoder.blocks.0.attention"}
+    assert report.checks[1].divergence == check_documents.divergence(WHERE)
     (asked,) = parts.bisected
     assert (asked["folder"], asked["modes"], asked["tokens"]) == (broken, ["steps"], 12)
 
@@ -149,6 +151,14 @@ def test_sessions_that_differ(rope: Path, parts: Parts) -> None:
     assert "2 more" in third.message
     assert third.details.count("\n") == 4
     assert third.figures["fallbacks"] == 5
+
+
+def test_sessions_are_compared_as_the_rest_is_run(rope: Path, parts: Parts) -> None:
+    """With the threads that were asked for first, over the rows of the seed."""
+    for threads, compared in ((0, (0, 1)), (1, (1, 0)), (3, (3, 0, 1))):
+        pe_onnx.check([rope], tokens=12, modes=["steps"], threads=threads, seed=7, latency=False)
+        name, asked = parts.asked.pop()
+        assert (name, asked["threads"], asked["seed"]) == ("sessions", compared, 7)
 
 
 def test_parts_left_out_say_so(rope: Path, parts: Parts) -> None:
@@ -241,11 +251,12 @@ def test_a_regression(rope: Path, parts: Parts, tmp_path: Path) -> None:
     file.touch()
     parts.baseline = {"rope@cpu": "as it was"}
     parts.change = 0.12
-    report = pe_onnx.check([rope], baseline=file, max_regression=0.1, budget_s=8, matrix=False, **SHORT)
+    report = pe_onnx.check([rope], baseline=file, max_regression=0.1, matrix=False, budget_s=8, **SHORT)
     assert found(report)["regression"] == "failed"
     assert report.checks[0].failures[0].next_step == f"pe-onnx bench {rope} --profile --threads 1"
     assert report.checks[0].failures[0].message == "+12.0% against the baseline, 10% allowed"
-    assert [(name, asked["budget_s"]) for name, asked in parts.asked] == [("bench", 4), ("compare", 4)]
+    budgets = [(name, asked.get("budget_s")) for name, asked in parts.asked]
+    assert budgets == [("bench", 8), ("compare", None)], "the gate's time is its own, as its benchmark measures it"
     assert pe_onnx.check([rope], baseline=file, max_regression=0.2, matrix=False, **SHORT).passed
 
 
@@ -271,10 +282,28 @@ def test_the_baseline_is_written_but_not_of_what_is_broken(
     assert "parity failed" in report.checks[1].of("regression")[0].message
 
 
+def test_a_baseline_of_another_format_is_made_again(
+    rope: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its refusal says; with --update-baseline alone, and the check says what is lost."""
+    parts.read_baselines = read_baselines  # type: ignore[method-assign]
+    parts.install(monkeypatch)
+    file = tmp_path / "baseline.json"
+    file.write_text(json.dumps({"kind": KIND, "format": 0, "bundles": {"other@cpu": {}}}))
+    with pytest.raises(ConfigError, match=r"has format 0, .*: make it again with --update-baseline"):
+        pe_onnx.check([rope], baseline=file, matrix=False, **SHORT)
+    report = pe_onnx.check([rope], baseline=file, update_baseline=True, matrix=False, **SHORT)
+    assert report.passed
+    assert parts.written == {"rope@cpu": {"of": "rope"}}
+    assert report.checks[0].of("regression")[0].message.endswith("nothing is kept of the file's format 0")
+    file.write_text(json.dumps({"kind": "something of somebody's"}))
+    with pytest.raises(ConfigError, match="holds no pe-onnx latency baselines"):
+        pe_onnx.check([rope], baseline=file, update_baseline=True, matrix=False, **SHORT)
+
+
 def test_a_new_baseline(rope: Path, parts: Parts, tmp_path: Path) -> None:
     pe_onnx.check([rope], baseline=tmp_path / "new" / "b.json", update_baseline=True, matrix=False, **SHORT)
     assert parts.written == {"rope@cpu": {"of": "rope"}}
-    assert (tmp_path / "new").is_dir()
 
 
 def test_a_baseline_that_cannot_be_written_loses_no_report(

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ import jsonschema
 import junitparser
 import numpy as np
 import pytest
+from check_documents import bench, divergence, matrix, mode, parity, regression
 from markdown_it import MarkdownIt
 
 from pe_onnx.check_junit import legal, to_junit
@@ -21,70 +23,34 @@ from pe_onnx.check_markdown import fence, text, to_markdown
 from pe_onnx.check_report import COLUMNS, SCHEMA, BundleCheck, CheckReport, Finding
 
 NASTY = "a|b <script>&\x1b[31m\x00 `x` ``y`` *z* _w_ [l](u) #1 ]]> \ud800 \x85 \u2028 é\n| second | line |"
+PARTS = ("parity", "divergence", "sessions", "regression")
+FALLEN = {"session": "a", "node": "n", "operator": "pe_onnx::AlibiBias", "provider": "cpu"}
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text("utf-8")))
-
-
-def mode(name: str, error: float | None, passed: bool) -> dict[str, Any]:
-    return {
-        "mode": name,
-        "positions": 160,
-        "max_abs_error": error,
-        "relative_error": error,
-        "kl": 1e-12,
-        "top1_agreement": 1.0 if passed else 0.5,
-        "near_ties": 0,
-        "first_difference": None if passed else "row 0, position 17 | <b>",
-        "passed": passed,
-        "seconds": 0.1,
-    }
-
-
-def parity(*modes: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "bundle": "b",
-        "reference": "PyTorch",
-        "dtype": "fp32",
-        "tolerance": {"error": 5e-5, "near_tie": 1e-5, "rule": "fp32, 2 layers: 5e-5"},
-        "spread": 3.1,
-        "modes": list(modes),
-        "passed": all(m["passed"] for m in modes),
-    }
 
 
 def report() -> CheckReport:
     """A bundle that passes in every part, one that fails in every way, and one that is none."""
     good = BundleCheck("bundles/rope", "rope", "cpu", "rope", "ort", "fp32", 2.5)
-    good.parity = parity(mode("whole", 1e-6, True))
-    good.latency = {
-        "contestants": [
-            {
-                "name": "rope",
-                "load_s": 0.1,
-                "prefill_tokens_per_s": 2345.6,
-                "first_token_ms": 50.0,
-                "peak_memory_bytes": None,
-                "decode": [
-                    {"depth_tokens": 128, "median_ms": 3.712, "interval_ms": [3.7, 3.8]},
-                    {"depth_tokens": 1024, "median_ms": 4.79, "interval_ms": [4.7, 4.9]},
-                ],
-            }
-        ]
-    }
-    good.sessions = {"names": ["a", "b"], "differences": [[0.0, 0.0], [0.0, 0.0]]}
-    good.sessions |= {"fallbacks": [], "failures": [], "passed": True}
-    good.regression = {"text": "+2.0%", "change": 0.02, "max_regression": 0.1}
+    good.parity = parity(mode("whole", 1e-6, True)).to_dict()
+    own = {"name": "rope", "load_s": 0.1, "prefill_tokens_per_s": 2345.6, "first_token_ms": 50.0}
+    own |= {"prefill_interval_tokens_per_s": (2300.0, 2400.0), "first_token_interval_ms": (49.0, 51.0)}
+    decode = [
+        {"depth_tokens": 128, "median_ms": 3.712, "interval_ms": (3.7, 3.8)},
+        {"depth_tokens": 1024, "median_ms": 4.79, "interval_ms": (4.7, 4.9)},
+    ]
+    good.latency = bench({**own, "decode": decode})
+    good.sessions = matrix(["a", "b"], [[0.0, 0.0], [0.0, 0.0]], []).to_dict()
+    good.regression = regression(0.02, 0.1).to_dict()
     good.findings = [
         Finding("parity", "whole", "passed", "off by 1e-6", seconds=1.25, figures={"relative_error": 1e-6}),
         Finding("latency", "latency", "passed", figures={"load_s": 0.1, "peak_memory_bytes": None}),
         Finding("regression", "regression", "passed", "+2.0%", figures={"change": 0.02}),
     ]
     bad = BundleCheck(f"bundles/{NASTY}", NASTY, "cuda", "alibi", "ort", "fp16", 1.0)
-    bad.parity = parity(mode("whole", None, False), mode("steps", 0.25, False))
-    bad.divergence = {
-        "text": NASTY,
-        "row": np.int64(3),
-        "inputs": ({"mean": np.float32(0.5), "std": np.float64("inf")},),
-    }
+    bad.parity = parity(mode("whole", math.inf, False), mode("steps", 0.25, False)).to_dict()
+    bad.sessions = matrix(["a", "b"], [[0.0, math.inf], [math.inf, 0.0]], [FALLEN]).to_dict()
+    bad.regression = regression(0.2, 0.1).to_dict()
+    bad.divergence = divergence(NASTY, row=np.int64(3))
     bad.findings = [
         Finding("parity", "whole", "failed", NASTY, f"pe-onnx bisect '{NASTY}'", NASTY, 0.5, {"kl": math.nan}),
         Finding("parity", "steps", "failed", "off by 0.25"),
@@ -96,20 +62,40 @@ def report() -> CheckReport:
     none.findings = [Finding("bundle", "bundle", "error", "nothing is not a bundle: it does not exist")]
     options = {
         "providers": ["cpu"],
+        "reference": None,
         "modes": None,
         "tolerance": None,
         "tokens": None,
         "seed": 0,
         "threads": 0,
+        "matrix": True,
+        "latency": True,
+        "budget_s": 20.0,
         "baseline": None,
         "max_regression": 0.1,
     }
     return CheckReport("2026-11-26T07:52:33+00:00", options, [good, bad, none], 4.25, "baseline.json")
 
 
+def objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every schema of an object within one."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object":
+            yield schema
+        for value in schema.values():
+            yield from objects(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from objects(value)
+
+
 def test_the_schema_is_a_schema_and_describes_every_key() -> None:
     VALIDATOR.check_schema(VALIDATOR.schema)
-    for place in (VALIDATOR.schema, VALIDATOR.schema["$defs"]["check"], VALIDATOR.schema["$defs"]["finding"]):
+    places = list(objects(VALIDATOR.schema))
+    assert len(places) > 20
+    for place in places:
+        if isinstance(place.get("additionalProperties"), dict):
+            continue  # keys are names, not ours
         assert place["additionalProperties"] is False
         assert set(place["required"]) == set(place["properties"])
         assert all("description" in value for value in place["properties"].values())
@@ -122,7 +108,9 @@ def test_json_follows_the_schema() -> None:
     assert [check["passed"] for check in document["checks"]] == [True, False, False]
     assert document["checks"][1]["findings"][0]["figures"] == {"kl": None}
     assert document["checks"][1]["findings"][0]["message"] == NASTY
-    assert document["checks"][1]["divergence"] == {"text": NASTY, "row": 3, "inputs": [{"mean": 0.5, "std": None}]}
+    divergence = document["checks"][1]["divergence"]
+    assert (divergence["text"], divergence["row"], divergence["inputs"][0]["std"]) == (NASTY, 3, None)
+    assert document["checks"][1]["parity"]["modes"][0]["first_disagreement"]["gap"] is None
     VALIDATOR.validate(CheckReport("2026-11-26T07:52:33+00:00", report().options).to_dict())
 
 
@@ -141,6 +129,12 @@ def test_json_follows_the_schema() -> None:
         lambda d: d["checks"][0]["parity"]["modes"].clear(),
         lambda d: d["checks"][0]["latency"]["contestants"][0]["decode"][0].pop("median_ms"),
         lambda d: d["checks"][0]["regression"].update(change="much"),
+        *(lambda d, part=part: d["checks"][1][part].update(extra=1) for part in PARTS),
+        *(lambda d, part=part: d["checks"][1][part].popitem() for part in PARTS),
+        lambda d: d["checks"][1]["divergence"]["inputs"][0].update(extra=1),
+        lambda d: d["checks"][1]["sessions"]["fallbacks"][0].pop("graph"),
+        lambda d: d["checks"][1]["parity"]["angles"][0].update(extra=1),
+        lambda d: d["checks"][0]["latency"]["contestants"][0].update(extra=1),
     ],
 )
 def test_the_schema_refuses_other_documents(change: Any) -> None:

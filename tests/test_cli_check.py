@@ -124,7 +124,21 @@ def test_nodes_that_fell_back_are_told(check: Check, parts: Parts) -> None:
     parts.fallbacks = [{"session": session, "node": "n", "operator": "pe_onnx::AlibiBias", "provider": "cpu"}]
     result = check("bundles/rope", *SHORT)
     assert result.returncode == 0
-    assert f"bundles/rope@cpu, {session}: no difference; fell back: pe_onnx::AlibiBias n on cpu" in result.stdout
+    assert "bundles/rope@cpu: greatest difference of two sessions" in result.stdout
+    assert "fell back from cpu to cpu: pe_onnx::AlibiBias: n\n" in result.stdout
+
+
+def test_sessions_that_part_are_shown_as_a_matrix(check: Check, parts: Parts) -> None:
+    """Which is left out of what agrees, and goes where the table goes."""
+    assert "greatest difference" not in check("bundles/rope", *SHORT).stdout
+    parts.apart = 0.3
+    result = check("bundles/rope", *SHORT)
+    assert result.returncode == 1
+    rows = [" ".join(line.split()) for line in result.stdout.split("\n")]
+    assert "2 cpu, not optimised, all cores 3e-01" in rows
+    assert "3 cpu, optimised, 1 thread 0 3e-01" in rows
+    assert "apart cpu, optimised, all cores | cpu, not optimised, all cores: 3.0e-01" in result.stdout
+    assert "greatest difference" in check("bundles/rope", *SHORT, "--json", "-").stderr
 
 
 def test_a_folder_of_any_name(check: Check, tmp_path: Path) -> None:

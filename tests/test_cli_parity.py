@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,25 @@ def test_parity_that_fails(run: Cli, bundles: Bundles) -> None:
     assert "FAIL" in result.stdout
     assert result.stderr.startswith("pe-onnx: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_the_command_that_leads_on_asks_the_same(run: Cli, bundles: Bundles, tmp_path: Path) -> None:
+    """And can be copied, whatever the folder and the prompt hold."""
+    (tmp_path / "a bundle; x").symlink_to(bundles("rope"))
+    asked = ("--tolerance", "1e-12", "--seed", "3", "--threads", "1")
+    for rows in (("--length", "9"), ("--prompt", "it's a text", "--prompt", "another")):
+        result = run("parity", "a bundle; x", "--mode", "steps", *rows, *asked)
+        assert result.returncode == 1
+        step = shlex.split(result.stderr.rpartition("`pe-onnx ")[2].rstrip("`\n"))
+        assert step == ["bisect", "a bundle; x", "--mode", "steps", *rows, *asked]
+        assert run(*step).returncode == 1
+
+
+@pytest.mark.parametrize("tolerance", ["inf", "nan"])
+def test_a_tolerance_that_is_none_is_refused(run: Cli, bundles: Bundles, tolerance: str) -> None:
+    refused(
+        run("parity", bundles("rope"), "--json", "--tolerance", tolerance), 2, f"tolerance = {tolerance}", "at least 0"
+    )
 
 
 @pytest.mark.parametrize(("tolerance", "passed"), [([], True), (["--tolerance", "1e-12"], False)])

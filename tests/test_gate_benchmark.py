@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import gate
 import pytest
 
+from pe_onnx import regression
+
 
 def one(decode: float, alarm: bool, first: dict[str, float] | None = None) -> dict[str, Any]:
     return {"alarm": alarm, "changes": {"decode": decode, "prefill": 0.0}, "first_changes": first, "seconds": 5.0}
+
+
+def test_it_measures_the_gate_as_check_runs_it() -> None:
+    """Which leaves both budgets to what the functions themselves take."""
+    options = {option.name: option.default for option in gate.main.params}
+    for function, name in ((regression.measure, "baseline_budget"), (regression.compare, "budget")):
+        assert options[name] == inspect.signature(function).parameters["budget_s"].default
+    assert (options["baseline_budget"], options["budget"]) == (regression.BASELINE_S, regression.MEASUREMENT_S)
 
 
 def test_counts_and_distribution() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,19 @@ ALONE = """
 @pytest.mark.pe_onnx_bundle("{}", modes=["steps"])
 def test_parity():
     print("the test itself ran")
+"""
+
+
+MODELS = """
+import json
+from pathlib import Path
+from pe_onnx.config import DecoderConfig
+from pe_onnx.models.decoder import Decoder
+from pe_onnx.models.exportable import PlainDecoder
+
+def other():
+    config = json.loads((Path({!r}) / "manifest.json").read_text())["source"]["config"]
+    return PlainDecoder(Decoder(DecoderConfig.from_dict({{**config, "seed": 7}})))
 """
 
 
@@ -206,6 +220,20 @@ def test_a_reference_beside_the_tests(suite: Suite, pytester: pytest.Pytester, r
         """.replace("\n        ", "\n")
     )
     result.assert_outcomes(passed=3)
+
+
+def test_the_command_asks_what_the_mark_asks(suite: Suite, pytester: pytest.Pytester) -> None:
+    """Or it would drill into another comparison, that may well pass."""
+    (pytester.path / "a bundle").symlink_to("rope")
+    mark = '"a bundle", "models:other", ["steps"], tolerance=1e-4, tokens=20, seed=3, threads=1'
+    pytester.makepyfile(models=MODELS.format(str(pytester.path / "rope")))
+    output = told(suite(f"@pytest.mark.pe_onnx_bundle({mark})\ndef test_it(): pass"))
+    (step,) = re.findall(r"^next: (.*)$", output, re.MULTILINE)
+    words = shlex.split(step)
+    assert words[:2] == ["pe-onnx", "bisect"]
+    assert words[2].endswith("/a bundle")
+    asked = ["--reference", "models:other", "--length", "20", "--tolerance", "0.0001", "--seed", "3", "--threads", "1"]
+    assert words[3:] == ["--mode", "steps", *asked]
 
 
 def test_paths_are_relative_to_the_root(

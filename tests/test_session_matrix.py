@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def calling_nodes(model: Path, operator: str) -> list[str]:
 
 def printed(matrix: session_matrix.SessionMatrix) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    print_matrix(matrix, console)
+    print_matrix(matrix.to_dict(), matrix.bundle, console)
     return console.export_text()
 
 
@@ -98,6 +99,7 @@ def test_logits_that_are_not_finite_fail(bundles: Bundles, monkeypatch: pytest.M
     matrix = compare_sessions(bundles("rope"), threads=(1,))
     assert {cell.difference for cell in matrix.failures} == {float("inf")}
     assert None in json.loads(json.dumps(matrix.to_dict(), allow_nan=False))["differences"][0]
+    assert re.search(r"^apart .* 1 thread: not finite$", printed(matrix), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("target", "operator"), [("ort", "CachedAttention"), ("portable", "MaskedAttention")])

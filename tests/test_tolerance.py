@@ -12,6 +12,7 @@ from checkout import ROOT
 from conftest import Bundles
 
 from pe_onnx.bundle import Bundle, read_bundle
+from pe_onnx.errors import ConfigError
 from pe_onnx.parity_report import Account, ModeResult
 from pe_onnx.tolerance import given, tolerance_for, unit_roundoff
 
@@ -56,6 +57,9 @@ def test_the_rule_is_a_line_that_can_be_checked_by_hand(dtype: str, layers: int)
     assert result == f"{error:.1e} of the logits' spread"
     assert "\n" not in tolerance.rule
     assert given(0.25).rule == "given: 2.5e-01 of the logits' spread"
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=r"tolerance = .* must be a finite number, at least 0"):
+            given(wrong)
 
 
 def account(gap: float, error: float) -> ModeResult:

@@ -182,12 +182,13 @@ def _say(check: BundleCheck) -> None:
 
 
 def _print(report: CheckReport, to_stderr: bool) -> None:
-    """The table, what failed with its next step, and the verdict."""
+    """The table, what failed with its next step, sessions that part or fell back, and the verdict."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from pe_onnx.check_report import COLUMNS, printable, row, tolerance_rules
+    from pe_onnx.check_report import COLUMNS, printable, row, skipped, tolerance_rules
+    from pe_onnx.cli._matrix import print_matrix
 
     console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -221,10 +222,12 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
             if finding.next_step:
                 say(f"  next: {escape(finding.next_step)}")
     for check in report.checks:
-        for finding in check.fallbacks:
-            say(f"[yellow]{escape(check.label)}, {escape(finding.name)}[/]: {escape(finding.message)}")
-    for why, labels in _skipped(report).items():
-        say(f"[dim]skipped: {escape(why)} ({escape(labels)})[/]")
+        if check.sessions is not None and (not check.sessions["passed"] or check.sessions["fallbacks"]):
+            console.print()
+            print_matrix(check.sessions, check.label, console)
+    for (title, why), labels in skipped(report).items():
+        of = "all" if len(labels) == len(report.checks) else ", ".join(labels)
+        say(f"[dim]skipped: {escape(f'{title}: {why} ({of})')}[/]")
     for rule in tolerance_rules(report):
         say(f"[dim]allowed: {escape(rule)}[/]")
     if report.baseline_written:
@@ -232,14 +235,3 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
     word, colon, rest = report.verdict.partition(":")
     console.print()
     say(f"[{'green' if report.passed else 'bold red'}]{word}[/]{colon}{escape(rest)}")
-
-
-def _skipped(report: CheckReport) -> dict[str, str]:
-    """What was left out and why, to the bundles."""
-    found: dict[str, list[str]] = {}
-    for check in report.checks:
-        for finding in check.findings:
-            if finding.status == "skipped":
-                found.setdefault(f"{finding.title}: {finding.message}", []).append(check.label)
-    everywhere = len(report.checks)
-    return {why: "all" if len(labels) == everywhere else ", ".join(labels) for why, labels in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -36,9 +37,18 @@ def command(bundle: str, as_json: bool, **asked: Any) -> None:
         _print(report)
     if not report.passed:
         mode = next(mode.mode for mode in report.modes if not mode.passed)
-        raise ParityError(
-            f"parity failed: {bundle} {_reason(report)}; find the operator with `pe-onnx bisect {bundle} --mode {mode}`"
-        )
+        step = bisect_command(bundle, mode, **asked)
+        raise ParityError(f"parity failed: {bundle} {_reason(report)}; find the operator with `{step}`")
+
+
+def bisect_command(
+    bundle: str, mode: str, *, prompts: Sequence[str], length: int | None, modes: object, **asked: Any
+) -> str:
+    """The same comparison of one mode, drilled into."""
+    from pe_onnx.commands import command as command_line
+
+    texts = [word for prompt in prompts for word in ("--prompt", prompt)]
+    return command_line("bisect", bundle, "--mode", mode, *texts, tokens=length, **asked)
 
 
 def _reason(report) -> str:  # type: ignore[no-untyped-def]
