@@ -231,7 +231,7 @@ def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
 
 
 def _held(name: str, limit: float, measured: Sequence[_Measured], next_step: str | None) -> Finding:
-    """Of a budget. What breaks it by a median of too few samples is told and skipped: one slow moment is no failure."""
+    """Of a budget. A median over it of too few samples is an error: the measurement, not the bundle, is to be mended."""
     minimum = name == "prefill_tokens_per_s"
     beyond = (lambda x: x < limit) if minimum else (lambda x: x > limit)
     words = f"{'below' if minimum else 'over'} the budget of {limit:g}"
@@ -243,7 +243,7 @@ def _held(name: str, limit: float, measured: Sequence[_Measured], next_step: str
         finding.status, finding.message = "failed", f"{worst.value:.4g}{worst.where} is {words}"
     elif unsure:
         few = f"but of fewer than {LEAST_SAMPLES} samples; give a longer --budget to be sure"
-        finding.status, finding.message = "skipped", f"{worst.value:.4g}{worst.where} is {words}, {few}"
+        finding.status, finding.message = "error", f"{worst.value:.4g}{worst.where} is {words}, {few}"
     finding.figures = {"value": worst.value, "budget": limit}
     finding.next_step = next_step if broken or unsure else None
     return finding
