@@ -58,7 +58,7 @@ def test_the_rule_is_a_line_that_can_be_checked_by_hand(dtype: str, layers: int)
     assert "\n" not in tolerance.rule
     assert given(0.25).rule == "given: 2.5e-01 of the logits' spread"
     for wrong in (-1.0, math.inf, math.nan):
-        with pytest.raises(ConfigError, match="tolerance = .* must be a finite number, at least 0"):
+        with pytest.raises(ConfigError, match=r"tolerance = .* must be a finite number, at least 0"):
             given(wrong)
 
 
