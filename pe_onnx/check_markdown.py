@@ -10,6 +10,7 @@ from pe_onnx.check_report import (
     TOOLS,
     BundleCheck,
     CheckReport,
+    baseline_line,
     printable,
     row,
     skipped,
@@ -38,7 +39,7 @@ def to_markdown(report: CheckReport) -> str:
             lines += [*fence(finding.details[:LONGEST_DETAILS]), "", "</details>"]
     lines += [line for rule in tolerance_rules(report) for line in ("", f"Allowed: {text(rule)}")]
     if report.baseline_written:
-        lines += ["", f"Baseline written: {text(report.baseline_written)}"]
+        lines += ["", text(baseline_line(report))]
     left_out = skipped(report)
     if left_out:
         lines += ["", "<details><summary>Skipped</summary>", ""]

@@ -304,15 +304,14 @@ def regression(check: BundleCheck, subject: Subject, baseline: Any, max_regressi
     check.findings.append(finding)
 
 
-def new_baseline(check: BundleCheck, subject: Subject, replaced: str | None) -> Any:
-    """The bundle's latency relative to a yardstick, for later checks. replaced: why the file begins afresh."""
+def new_baseline(check: BundleCheck, subject: Subject) -> Any:
+    """The bundle's latency relative to a yardstick, for later checks."""
     from pe_onnx.regression import measure
 
     begin = time.perf_counter()
     measured = measure(subject.folder, provider=subject.provider, threads=subject.threads)
     seconds = time.perf_counter() - begin
-    message = "; ".join(filter(None, ("measured for the baseline", replaced)))
-    check.findings.append(Finding("regression", BASELINE, "passed", message, seconds=seconds))
+    check.findings.append(Finding("regression", BASELINE, "passed", "measured for the baseline", seconds=seconds))
     return measured
 
 

@@ -121,6 +121,8 @@ class CheckReport:
     seconds: float = 0.0
     baseline_written: str | None = None
     """The file that now holds what was measured."""
+    baseline_replaced: str | None = None
+    """Why nothing is kept of what that file held before."""
 
     @property
     def passed(self) -> bool:
@@ -156,6 +158,7 @@ class CheckReport:
                 "tools": versions(TOOLS),
                 "options": self.options,
                 "baseline_written": self.baseline_written,
+                "baseline_replaced": self.baseline_replaced,
                 "checks": [_check_dict(check) for check in self.checks],
             }
         )
@@ -193,6 +196,13 @@ def tolerance_rules(report: CheckReport) -> list[str]:
     """How each tolerance came about, each once."""
     tolerances = [check.parity["tolerance"] for check in report.checks if check.parity is not None]
     return list(dict.fromkeys(tolerance["rule"] for tolerance in tolerances if tolerance.get("rule")))
+
+
+def baseline_line(report: CheckReport) -> str:
+    """What became of the baseline's file; empty where it was not written."""
+    if report.baseline_written is None:
+        return ""
+    return "; ".join(filter(None, (f"baseline written: {report.baseline_written}", report.baseline_replaced)))
 
 
 COLUMNS = ("bundle", "provider", "parity", "top-1", "sessions", "decode, ms", "prefill, tok/s", "change", "verdict")

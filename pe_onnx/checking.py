@@ -90,7 +90,7 @@ def check(
         },
     )
     begin = time.perf_counter()
-    gate = _Regression(known, baseline is not None, max_regression, update_baseline, {}, replaced)
+    gate = _Regression(known, baseline is not None, max_regression, update_baseline, {})
     for entry in entries:
         for provider in names:
             wanted = reference if entry.reference is None else entry.reference
@@ -117,7 +117,7 @@ def check(
             report.checks.append(result)
             finished(result)
     if gate.measured:
-        _write_baseline(report, Path(str(baseline)), {**known, **gate.measured})
+        _write_baseline(report, Path(str(baseline)), {**known, **gate.measured}, replaced)
     report.seconds = time.perf_counter() - begin
     return report
 
@@ -132,8 +132,6 @@ class _Regression:
     limit: float
     update: bool
     measured: dict[str, Any]
-    replaced: str | None
-    """Why nothing of the file that stands there is kept."""
 
     def why_not(self, check: BundleCheck) -> str | None:
         if not self.given:
@@ -147,7 +145,7 @@ class _Regression:
 
     def run(self, check: BundleCheck, subject: Subject) -> None:
         if self.update:
-            self.measured[check.key] = check_parts.new_baseline(check, subject, self.replaced)
+            self.measured[check.key] = check_parts.new_baseline(check, subject)
         else:
             check_parts.regression(check, subject, self.known[check.key], self.limit)
 
@@ -197,13 +195,13 @@ def _check_one(
     return check
 
 
-def _write_baseline(report: CheckReport, file: Path, entries: dict[str, Any]) -> None:
+def _write_baseline(report: CheckReport, file: Path, entries: dict[str, Any], replaced: str | None) -> None:
     """What goes wrong here is an error in the report, which must not be lost for it."""
     from pe_onnx.regression import write_baselines
 
     try:
         write_baselines(file, entries)
-        report.baseline_written = str(file)
+        report.baseline_written, report.baseline_replaced = str(file), replaced
     except PeOnnxError as error:
         for check in report.checks:
             for finding in check.of("regression"):
@@ -302,4 +300,4 @@ def _read_baseline(file: Path, entries: Sequence[Entry], update: bool) -> tuple[
     except OtherFormatError as error:
         if not update:
             raise
-        return {}, f"nothing is kept of the file's format {error.format!r}"
+        return {}, f"nothing is kept of the file's format {error.format!r}, which this pe-onnx does not read"

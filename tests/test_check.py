@@ -13,7 +13,8 @@ from conftest import Bundles
 
 import pe_onnx
 from pe_onnx.baselines import KIND, read_baselines
-from pe_onnx.check_report import CheckReport
+from pe_onnx.check_markdown import to_markdown
+from pe_onnx.check_report import CheckReport, baseline_line
 from pe_onnx.errors import BundleError, CheckpointError, ConfigError, MissingDependencyError
 from pe_onnx.suite import Budgets, Entry
 
@@ -295,7 +296,9 @@ def test_a_baseline_of_another_format_is_made_again(
     report = pe_onnx.check([rope], baseline=file, update_baseline=True, matrix=False, **SHORT)
     assert report.passed
     assert parts.written == {"rope@cpu": {"of": "rope"}}
-    assert report.checks[0].of("regression")[0].message.endswith("nothing is kept of the file's format 0")
+    assert report.baseline_replaced == "nothing is kept of the file's format 0, which this pe-onnx does not read"
+    assert report.baseline_replaced in baseline_line(report)
+    assert report.baseline_replaced in to_markdown(report)
     file.write_text(json.dumps({"kind": "something of somebody's"}))
     with pytest.raises(ConfigError, match="holds no pe-onnx latency baselines"):
         pe_onnx.check([rope], baseline=file, update_baseline=True, matrix=False, **SHORT)

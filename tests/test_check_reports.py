@@ -233,7 +233,7 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
     assert "\x00" not in markdown
     assert "x" * 3000 in markdown
     assert "x" * 5000 not in markdown, "GitHub drops a page that is too long"
-    assert "Baseline written: baseline.json" in markdown
+    assert "baseline written: baseline.json" in markdown
     assert "Allowed: fp32, 2 layers: 5e-5" in markdown
     for tool in ("pe-onnx", "onnxruntime", "torch"):
         assert re.search(rf"{tool} \d+\.\d+", lines[-2])

@@ -187,7 +187,7 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from pe_onnx.check_report import COLUMNS, printable, row, skipped, tolerance_rules
+    from pe_onnx.check_report import COLUMNS, baseline_line, printable, row, skipped, tolerance_rules
     from pe_onnx.cli._matrix import print_matrix
 
     console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
@@ -231,7 +231,7 @@ def _print(report: CheckReport, to_stderr: bool) -> None:
     for rule in tolerance_rules(report):
         say(f"[dim]allowed: {escape(rule)}[/]")
     if report.baseline_written:
-        say(f"baseline written: {escape(report.baseline_written)}")
+        say(escape(baseline_line(report)))
     word, colon, rest = report.verdict.partition(":")
     console.print()
     say(f"[{'green' if report.passed else 'bold red'}]{word}[/]{colon}{escape(rest)}")
