@@ -18,7 +18,7 @@ from typing import Any
 from pe_onnx.bundle import Bundle
 from pe_onnx.check_report import BundleCheck, Figure, Finding
 from pe_onnx.commands import command
-from pe_onnx.errors import MissingDependencyError, PeOnnxError
+from pe_onnx.errors import BundleError, MissingDependencyError, PeOnnxError
 from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.suite import Budgets
 
@@ -122,7 +122,16 @@ def parity(check: BundleCheck, subject: Subject) -> None:
         "seed": subject.seed,
         "threads": subject.threads,
     }
-    report = check_parity(subject.folder, subject.reference, modes=wanted, **asked)
+    try:
+        report = check_parity(subject.folder, subject.reference, modes=wanted, **asked)
+    except BundleError as refusal:  # onnxruntime may load it and refuse a run
+        where, check.divergence = drill_down(subject.folder, subject.reference, modes=wanted, **asked)
+        if check.divergence is None:
+            raise
+        finding = Finding("parity", "parity", "error", one_line(str(refusal)), details=where)
+        finding.next_step = subject.command("bisect")
+        check.findings.append(finding)
+        return
     check.parity = report.to_dict()
     bad = [mode.mode for mode in report.modes if not mode.passed]
     where = ""
@@ -231,7 +240,7 @@ def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
 
 
 def _held(name: str, limit: float, measured: Sequence[_Measured], next_step: str | None) -> Finding:
-    """Of a budget. A median over it of too few samples is an error: the measurement, not the bundle, is to be mended."""
+    """Of a budget. A median over it of too few samples is an error: the measurement is to be mended."""
     minimum = name == "prefill_tokens_per_s"
     beyond = (lambda x: x < limit) if minimum else (lambda x: x > limit)
     words = f"{'below' if minimum else 'over'} the budget of {limit:g}"

@@ -333,3 +333,19 @@ def test_right_values_of_families_agree_inside_the_graph(family: str, target: st
     worst, share = replayed(tmp_path / "bundle", "ragged")
     assert worst <= INNER_FACTOR * tolerance_for("fp32", 2).error
     assert share > 0.6
+
+
+def test_check_names_the_operator_too(bundles: Bundles, tmp_path: Path) -> None:
+    """Of a fault that parity shows, and of one that onnxruntime refuses to run."""
+    asked: dict[str, Any] = {"tokens": 20, "modes": ["whole"], "matrix": False, "latency": False}
+    faults = (planted.theta(LAYER), planted.slot(LAYER, 1))
+    wrong = [planted.plant(bundles("rope"), tmp_path / str(i), fault) for i, fault in enumerate(faults)]
+    report = pe_onnx.check(wrong, **asked)
+    assert not report.passed
+    for one, operator in zip(report.checks, ("RotaryEmbedding", "Add"), strict=True):
+        (finding,) = one.of("parity")
+        assert finding.details.startswith(f"{LAYER}, ")
+        assert f": {operator}, " in finding.details
+        assert "pe-onnx bisect" in str(finding.next_step)
+        assert one.divergence is not None
+        assert one.divergence["operator"] == operator
