@@ -55,6 +55,7 @@ def test_levels_and_threads_agree(bundles: Bundles, target: str, dtype: str) -> 
     assert matrix.positions > 20
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_compared_over_sources(tmp_path: Path) -> None:
     t5_models.write(tmp_path / "checkpoint", "few_buckets")
     pe_onnx.export(model=tmp_path / "checkpoint", output=tmp_path / "b")
