@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,12 @@ def test_parity_takes_the_scaling_from_the_manifest(folder: Path, tmp_path: Path
     report = check_parity(tmp_path / "b", tokens=2 * TRAINED, modes=["whole"])
     assert report.passed
     assert report.reference.endswith("with rope_type yarn, factor 4")
-    assert not check_parity(tmp_path / "b", folder, tokens=2 * TRAINED, modes=["whole"]).passed
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert check_parity(tmp_path / "b", moved, tokens=2 * TRAINED, modes=["whole"]).passed
+    path = tmp_path / "b" / "manifest.json"
+    path.write_text(path.read_text().replace('"factor": 4', '"factor": 2'))
+    for reference in (None, moved):
+        assert not check_parity(tmp_path / "b", reference, tokens=2 * TRAINED, modes=["whole"]).passed
 
 
 @pytest.mark.parametrize(
