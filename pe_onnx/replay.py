@@ -63,6 +63,8 @@ class Run:
             return None
         if shape[:2] == valid.shape:
             return valid
+        if len(shape) == 2 and shape[0] == valid.size:  # tokens of all rows, one after another
+            return valid.reshape(-1)
         if len(shape) == 4 and (shape[0], shape[2]) == valid.shape:
             return np.broadcast_to(valid[:, None], shape[:3])
         return None
