@@ -108,16 +108,17 @@ class _Search:
             self.matched = [name for name in self.matched if not CAST.search(name)]
         if not any("/" in name for name in self.matched):
             raise BundleError(f"bundle {compared.bundle.folder} has no scoped names to find values by: export it again")
+        self.ends = self._ends()
         self.apart: float | None = None
         """How far the module it was traced from is from the reference, where that can be told."""
 
     def find(self) -> Divergence:
         """Raises BundleError where no value inside the graph differs."""
         for optimize in (False, True):
-            for run in self.replay.runs(self._ends(), optimize=optimize, **self.options):
+            for run in self.replay.runs(self.ends, optimize=optimize, **self.options):
                 if run.refusal is not None:
                     return self._refused(run, run.refusal, optimize)
-                first = next((name for name in self._ends() if self._differs(run, name)), None)
+                first = next((name for name in self.ends if self._differs(run, name)), None)
                 if first is not None:
                     return self._within(run, first, optimize)
                 self._note_apart(run)
@@ -144,7 +145,7 @@ class _Search:
 
     def _within(self, run: Run, first: str, optimize: bool) -> Divergence:
         """The first value that differs, of those that ``first`` alone is computed from."""
-        ends = self._ends()
+        ends = self.ends
         # keys and values may agree where the attention that hands them on differs
         agreed = self.graph.ancestors(e for e in ends[: ends.index(first)] if not e.startswith("present."))
         region = self.graph.ancestors([first]) - agreed
