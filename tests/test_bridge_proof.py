@@ -16,9 +16,10 @@ from variants import rope
 from pe_onnx.errors import CheckpointError
 from pe_onnx.models import rotation
 from pe_onnx.models.attention import CompactStep, MaskedStep, Step
-from pe_onnx.models.bridge import PROOF_TOLERANCE, BridgedDecoder, bridge, prove
+from pe_onnx.models.bridge import BridgedDecoder, bridge, prove
 from pe_onnx.models.observed import Observed
 from pe_onnx.models.proof import BEYOND, PROMPT, Proof
+from pe_onnx.tolerance import PROOF, tolerance_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,4 +229,5 @@ def test_the_tolerance_is_far_above_rounding() -> None:
     def run(feed: Any, past: Any) -> Any:
         return module(feed.input_ids, feed.attention_mask, feed.position_ids, past)
 
-    assert proof.error(run, "ort", module.caches, torch.float32) < PROOF_TOLERANCE / 5
+    allowed = PROOF * tolerance_for("fp32", module.layers).error
+    assert proof.error(run, "ort", module.caches, torch.float32) < allowed / 5
