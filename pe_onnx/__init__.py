@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from pe_onnx.generate import load
     from pe_onnx.latency import bench
     from pe_onnx.parity import check_parity
+    from pe_onnx.quantization import quantize
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "bench", "check", "check_parity", "custom_ops", "export", "load"]
+__all__ = ["__version__", "bench", "check", "check_parity", "custom_ops", "export", "load", "quantize"]
 
 _HOME = {
     "bench": "pe_onnx.latency",
@@ -25,6 +26,7 @@ _HOME = {
     "check_parity": "pe_onnx.parity",
     "export": "pe_onnx.exporter",
     "load": "pe_onnx.generate",
+    "quantize": "pe_onnx.quantization",
 }
 
 

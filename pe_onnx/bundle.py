@@ -95,6 +95,11 @@ class Bundle:
         return contract.DTYPES[self.manifest["dtype"]]
 
     @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """How its weights were rounded: bits, block, symmetric, accuracy_level; None where they were not."""
+        return self.manifest.get("quantization")
+
+    @property
     def path_dependent(self) -> bool:
         """Whether the logits depend on the chunks in which a text is run: its frequencies switch with the length."""
         return self.manifest["encoding"]["path_dependent"]
@@ -362,6 +367,14 @@ def _alive(pid: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file at another place: a second name for it where the file system can."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _sync(path: Path) -> None:

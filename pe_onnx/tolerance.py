@@ -19,9 +19,12 @@ allowed.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pe_onnx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pe_onnx.bundle import Bundle
 
 
 class Rule(NamedTuple):
@@ -34,7 +37,8 @@ class Rule(NamedTuple):
     """Roundings at any depth, counted as layers."""
 
 
-RULES = {"fp32": Rule(24, 143.0, 2), "fp16": Rule(11, 9.0, 14)}
+RULES = {"fp32": Rule(24, 143.0, 2), "fp16": Rule(11, 9.0, 14), "int8": Rule(8, 9.0, 14)}
+"""By the dtype in which products are computed."""
 
 PROOF = 2.0
 """The proof at export allows this many times ``error``: its few tokens have a spread of their own."""
@@ -66,6 +70,12 @@ def tolerance_for(dtype: str, layers: int) -> Tolerance:
     error = factor * 2.0**-bits * math.sqrt(layers + fixed)
     derived = f"{dtype}: {factor:g} u sqrt({layers} layers + {fixed}), u = 2^-{bits}"
     return Tolerance(error, f"{derived}: {error:.1e} of the logits' spread")
+
+
+def tolerance_of(bundle: Bundle) -> Tolerance:
+    """What a bundle is allowed against PyTorch with the bundle's own weights."""
+    quantized = bundle.quantization is not None and bundle.quantization["accuracy_level"] == 4
+    return tolerance_for("int8" if quantized else bundle.manifest["dtype"], bundle.depth)
 
 
 def given(error: float) -> Tolerance:

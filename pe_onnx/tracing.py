@@ -60,6 +60,7 @@ def to_onnx(
     model.producer_name, model.producer_version = "pe-onnx", __version__
     model.graph.name = "encoder" if part.file == ENCODER else "decoder"
     model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()
     return model

@@ -17,10 +17,10 @@ from pe_onnx.machine import versions
 
 with needs("export", "'pe-onnx[export]'"):
     import onnx_ir as ir
-    import torch
     from torch import nn
 
 from pe_onnx.models.exportable import Exportable
+from pe_onnx.passes.quantized_weights import storage_of
 from pe_onnx.tracing import Progress
 
 EMBED_BELOW_BYTES = 1 << 20
@@ -54,7 +54,7 @@ def write(
         model.metadata_props["pe_onnx.contract"] = str(contract.VERSION)
     progress("write")
     with write_bundle(output, manifest, force) as folder:
-        _save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
+        save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
         if target == "portable" and DECODER in models:
             _write_merged(folder, exportable)
         for name, values in (
@@ -77,24 +77,46 @@ def write(
     return read_bundle(output, verify=False)
 
 
-def _save(models: Mapping[str, ir.Model], folder: Path, embedded: bool) -> None:
-    """The ONNX files, and one file of weights for all of them, in which each tensor stands once."""
-    large: dict[int, list[ir.Value]] = {}
+def save(models: Mapping[str, ir.Model], folder: Path, embedded: bool) -> None:
+    """The ONNX files, and one file of weights for all of them, in which each tensor stands once.
+
+    embedded: weights stand in the ONNX files themselves.
+    """
+    large: dict[object, list[ir.Value]] = {}
     for model in models.values():
         for value in model.graph.initializers.values():
-            if not embedded and value.const_value is not None and value.const_value.nbytes >= EXTERNAL_FROM_BYTES:
-                large.setdefault(_storage(value.const_value), []).append(value)
+            tensor = value.const_value
+            if tensor is not None and not embedded and tensor.nbytes >= EXTERNAL_FROM_BYTES:
+                large.setdefault(storage_of(tensor), []).append(value)
+            elif isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.tensor(tensor.numpy().copy(), name=value.name)
     if large:
         tensors = [tensor for values in large.values() if (tensor := values[0].const_value) is not None]
         external = ir.external_data.convert_tensors_to_external(tensors, folder, WEIGHTS)
         for values, tensor in zip(large.values(), external, strict=True):
+            assert isinstance(tensor, ir.ExternalTensor)
             for value in values:
-                value.const_value = tensor
+                value.const_value = _same_bytes(tensor, value)
         checksum = sha256(folder / WEIGHTS)
     for name, model in models.items():
         if large:
             model.metadata_props["pe_onnx.weights_sha256"] = checksum
         ir.save(model, folder / name)
+
+
+def _same_bytes(tensor: ir.ExternalTensor, value: ir.Value) -> ir.ExternalTensor:
+    """The tensor under the name and shape that a value has."""
+    assert value.const_value is not None
+    shape = ir.Shape(value.const_value.shape.numpy())
+    return ir.ExternalTensor(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=shape,
+        name=value.name or "",
+        base_dir=tensor.base_dir,
+    )
 
 
 def _write_merged(folder: Path, e: Exportable) -> None:
@@ -123,19 +145,7 @@ def _write_merged(folder: Path, e: Exportable) -> None:
     ir.save(model, folder / MERGED)
 
 
-def _storage(tensor: ir.TensorProtocol) -> int:
-    """Of tensors that are the same parameter of a module the same number."""
-    raw = getattr(tensor, "raw", None)
-    return raw.data_ptr() if isinstance(raw, torch.Tensor) else id(tensor)
-
-
 def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype: str, logits: str) -> dict[str, Any]:
-    graphs = [model.graph for model in models.values()]
-    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for graph in graphs for node in graph)
-    functions = {f"{f.domain}::{f.name}" for model in models.values() for f in model.functions.values()}
-    weights = {
-        _storage(v.const_value): v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value
-    }
     crossing = e.crossing
     return {
         "format": FORMAT,
@@ -153,7 +163,7 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
             "caches": [list(cache) for cache in e.caches],
             "layers": e.layers or len(e.caches),
             "vocab_size": e.vocab_size,
-            "score_heads": max((_score_heads(node) for graph in graphs for node in graph), default=0),
+            "score_heads": max((_score_heads(node) for m in models.values() for node in m.graph), default=0),
             "trained_length": e.trained_length,
             "max_length": e.max_length,
             "encoder": crossing
@@ -165,13 +175,27 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
         },
         "tokenizer": e.tokenizer,
         "source": e.source,
-        "graph": {
-            "opsets": {domain: n for model in models.values() for domain, n in model.opset_imports.items()},
-            "operators": dict(counts.most_common()),
-            "functions": sorted(functions),
-            "weight_bytes": sum(weights.values()),
-        },
+        "graph": described(models),
         "tools": versions(TOOLS),
+    }
+
+
+def described(models: Mapping[str, ir.Model]) -> dict[str, Any]:
+    """The manifest's entry on what the graphs hold."""
+    graphs = [model.graph for model in models.values()]
+    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for graph in graphs for node in graph)
+    functions = {f"{f.domain}::{f.name}" for model in models.values() for f in model.functions.values()}
+    weights = {
+        storage_of(v.const_value): v.const_value.nbytes
+        for g in graphs
+        for v in g.initializers.values()
+        if v.const_value
+    }
+    return {
+        "opsets": {domain: n for model in models.values() for domain, n in model.opset_imports.items()},
+        "operators": dict(counts.most_common()),
+        "functions": sorted(functions),
+        "weight_bytes": sum(weights.values()),
     }
 
 

@@ -13,7 +13,7 @@ import pe_onnx
 
 LAYERS = [
     ("errors",),
-    ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values"),
+    ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values", "block_quantization"),
     ("intervals", "graph_nodes", "fresh_process", "yardstick_model"),
     ("attribution", "turns"),
     ("bundle",),
@@ -25,7 +25,7 @@ LAYERS = [
     ("passes",),
     ("tracing", "verification"),
     ("writing",),
-    ("exporter",),
+    ("exporter", "quantization"),
     ("reordering", "memory"),
     ("sources",),
     ("cached_rows",),
