@@ -9,6 +9,7 @@ import numpy as np
 
 from pe_onnx.divergence import Difference, Divergence, InputStatistics, difference, statistics
 from pe_onnx.errors import needs
+from pe_onnx.passes.fused_projections import is_joined
 from pe_onnx.passes.scoped_names import scope_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Blame:
         """limit: of the relative difference of values that agree. matched: names that mean the same on both sides."""
         self.graph, self.twin, self.limit, self.value, self.matched = graph, twin, limit, value, matched
         node = graph.values[value].producer()
+        if node is not None and is_joined(node):
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
         assert node is not None
         self.node = node
         self.inputs = self._inputs()
@@ -133,7 +136,7 @@ class Blame:
         s = statistics(x.name, value)
         s.made_by = [n.op_type for n in x.chain] + ([_top(x.chain)] if x.chain else [])
         if weight is not None:
-            s.difference, s.remark = _of_weight(self.twin.weights.get(x.name), weight)
+            s.difference, s.remark = _of_weight(self.twin.weight(x.name), weight)
         elif x.counterpart in run.twin:
             s.difference = run.difference(x.name, x.counterpart)
         elif x.counterpart in run.given[1]:

@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model.onnx"
+PROMPT = "prompt.onnx"
+"""The decoder of a quantized bundle once more, for many tokens at once, over the same weights."""
 WEIGHTS = "model.onnx.data"
 FORMAT = 3
 
@@ -90,13 +92,19 @@ class Bundle:
         return self.manifest["model"].get("layers", caches if self.crossing is None else 2 * caches)
 
     @property
-    def cache_dtype(self) -> str:
-        """numpy's name."""
+    def dtype(self) -> str:
+        """Of activations, numpy's name."""
         return contract.DTYPES[self.manifest["dtype"]]
 
     @property
+    def cache_dtype(self) -> str:
+        """Of keys and values, numpy's name."""
+        return (self.quantization or {}).get("cache") or self.dtype
+
+    @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """How its weights were rounded: bits, block, symmetric, accuracy_level; None where they were not."""
+        """How it was rounded: bits (None where weights were not), block, symmetric, accuracy_level, cache; None where
+        nothing was."""
         return self.manifest.get("quantization")
 
     @property
@@ -124,7 +132,7 @@ class Bundle:
 
     def bytes_per_token(self, caches: Iterable[contract.CacheShape]) -> int:
         """Of keys and values of these layers."""
-        itemsize = {"float32": 4, "float16": 2}[self.cache_dtype]
+        itemsize = {"float32": 4, "float16": 2, "int8": 1}[self.cache_dtype]
         return 2 * itemsize * sum(heads * size for heads, size in caches)
 
     def verify(self) -> None:
@@ -367,14 +375,6 @@ def _alive(pid: int) -> bool:
     except OSError as error:
         return error.errno != errno.ESRCH
     return True
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file at another place: a second name for it where the file system can."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _sync(path: Path) -> None:

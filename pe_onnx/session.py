@@ -116,7 +116,7 @@ class Session:
             session_options.profile_file_prefix = str(profile)
         self.bundle = bundle
         self.model = bundle.folder / (graph or bundle.model.name)
-        self.inputs, self.outputs = bundle.graphs[self.model.name]
+        self.inputs, self.outputs = bundle.graphs.get(self.model.name, bundle.graphs[bundle.model.name])
         self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
         providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
         try:
@@ -131,7 +131,7 @@ class Session:
 
     def _check_contract(self) -> None:
         """Raises BundleError where the model's inputs and outputs are not what the manifest says."""
-        dtype = {"float32": "float", "float16": "float16"}[self.bundle.cache_dtype]
+        dtype = {"float32": "float", "float16": "float16", "int8": "int8"}[self.bundle.cache_dtype]
         for values, wanted in (
             (self.inference.get_inputs(), self.inputs),
             (self.inference.get_outputs(), self.outputs),

@@ -74,8 +74,9 @@ def tolerance_for(dtype: str, layers: int) -> Tolerance:
 
 def tolerance_of(bundle: Bundle) -> Tolerance:
     """What a bundle is allowed against PyTorch with the bundle's own weights."""
-    quantized = bundle.quantization is not None and bundle.quantization["accuracy_level"] == 4
-    return tolerance_for("int8" if quantized else bundle.manifest["dtype"], bundle.depth)
+    held = bundle.quantization or {}
+    rounded = held.get("accuracy_level") == 4 or held.get("cache") == "int8"
+    return tolerance_for("int8" if rounded else bundle.manifest["dtype"], bundle.depth)
 
 
 def given(error: float) -> Tolerance:

@@ -24,8 +24,10 @@ from pe_onnx.custom_ops import OPSET, translation_table
 from pe_onnx.models.parts import Part
 from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.fused_norms import FusedNorms
+from pe_onnx.passes.fused_projections import FusedProjections
 from pe_onnx.passes.lean import lean
 from pe_onnx.passes.scoped_names import ScopedNames, scoped_names
+from pe_onnx.passes.skip_norms import SkipNorms
 from pe_onnx.passes.transposed_weights import TransposedWeights
 
 LARGEST = sys.maxsize - 1
@@ -53,6 +55,9 @@ def to_onnx(
         fuse_rms_normalization(model)  # those whose differences it has found equal (Cohere)
         lean()(model)
         optimizer.optimize_ir(model, inline=False)
+        FusedProjections()(model)
+        if target == "ort":
+            SkipNorms()(model)
         cache_dtype = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype]
         ContractNames(part.inputs, part.outputs, cache_dtype)(model)
     if target == "ort":

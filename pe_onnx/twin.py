@@ -27,6 +27,7 @@ from pe_onnx import reference as references
 from pe_onnx.exporter import from_module, silenced
 from pe_onnx.models.exportable import Exportable, from_config
 from pe_onnx.models.parts import Part, parts
+from pe_onnx.passes.fused_projections import parts_of
 from pe_onnx.passes.scoped_names import scoped_names
 from pe_onnx.tracing import to_program
 
@@ -97,6 +98,17 @@ class Twin:
             self._parameter_of[spec.arg.name] = name
         inputs = (spec.arg.name for spec in given.input_specs if spec.kind is InputKind.USER_INPUT)
         self._name_of = {**self.names, **self._parameter_of, **dict(zip(inputs, self.inputs, strict=True))}
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """A parameter, buffer or constant, or several that the file has joined, one behind the other."""
+        held = [self.weights.get(part) for part in parts_of(name)]
+        found = [tensor for tensor in held if tensor is not None]
+        if len(found) < len(held):
+            return None
+        if len(found) == 1:
+            return found[0]
+        rows = {tensor.shape[1] for tensor in found}
+        return torch.cat(found, 0 if len(rows) == 1 else 1)
 
     def _operation(self, name: str) -> Node | None:
         node = self.nodes.get(name)

@@ -18,6 +18,7 @@ from pe_onnx import twin
 from pe_onnx.bisection import CAST, INNER_FACTOR, bisect
 from pe_onnx.errors import BundleError, CheckpointError, ConfigError
 from pe_onnx.parity import check_parity, compared_pairs, prepare
+from pe_onnx.passes.fused_projections import JOIN
 from pe_onnx.tolerance import tolerance_for
 
 pytestmark = pytest.mark.usefixtures("one_thread", "one_trace")
@@ -142,10 +143,18 @@ def test_errors_that_add_up(bundles: Bundles) -> None:
 
 
 def test_a_weight(bundles: Bundles, tmp_path: Path) -> None:
-    name = "decoder.blocks.0.mlp.up_proj.weight"
+    name = "decoder.blocks.0.mlp.down_proj.weight"
     found = bisect(planted.plant(bundles("rope"), tmp_path / "wrong", planted.scaled_weight(name)), modes=["ragged"])
     assert found is not None
-    assert (found.layer, found.operator) == ("decoder.blocks.0.mlp.up_proj", "MatMul")
+    assert (found.layer, found.operator) == ("decoder.blocks.0.mlp.down_proj", "MatMul")
+    assert f"its weight {name} is not PyTorch's" in found.text
+
+
+def test_a_weight_among_those_of_a_joined_product(bundles: Bundles, tmp_path: Path) -> None:
+    name = JOIN.join(f"decoder.blocks.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    found = bisect(planted.plant(bundles("rope"), tmp_path / "wrong", planted.scaled_weight(name)), modes=["ragged"])
+    assert found is not None
+    assert (found.layer, found.operator) == ("decoder.blocks.0.mlp.gate_proj", "MatMul")
     assert f"its weight {name} is not PyTorch's" in found.text
 
 

@@ -1,0 +1,84 @@
+"""Keys and values in int8: the cache's tensors become a quarter of float32's, their scales stand in the graph.
+
+GroupQueryAttention of onnxruntime 1.32 (domain com.microsoft) rounds new keys and values as it writes them, with a
+scale for each channel of each head, and reads them back::
+
+    stored = clamp(round(x / scale), -128, 127)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from pe_onnx.errors import ConfigError
+from pe_onnx.passes.nodes import attribute
+
+MICROSOFT = "com.microsoft"
+INT8 = ir.TensorType(ir.DataType.INT8)
+
+Scales = tuple[Any, Any]
+"""Of a layer's keys and of its values, float32 ``[K*D]``."""
+
+
+class QuantizedCache(ir.passes.InPlacePass):
+    """CachedAttention of every layer to GroupQueryAttention over int8.
+
+    scales: of each layer. Raises ConfigError for a graph whose attention is another operator.
+    """
+
+    def __init__(self, scales: Sequence[Scales]) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        nodes = [node for node in graph if (node.domain, node.op_type) == ("pe_onnx", "CachedAttention")]
+        if len(nodes) != len(self.scales):
+            raise ConfigError(f"an int8 cache needs CachedAttention in all {len(self.scales)} layers, not {len(nodes)}")
+        for layer, (node, scales) in enumerate(zip(nodes, self.scales, strict=True)):
+            self._replace(graph, node, layer, scales)
+        for value in (*graph.inputs, *graph.outputs):
+            if (value.name or "").startswith(("past_key_values.", "present.")):
+                value.type = INT8
+        for key in [key for key, function in model.functions.items() if function.name == "CachedAttention"]:
+            del model.functions[key]
+        model.opset_imports[MICROSOFT] = 1
+        return ir.passes.PassResult(model, True)
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, layer: int, scales: Scales) -> None:
+        given = [*node.inputs, *[None] * (9 - len(node.inputs))]
+        bias, sinks = given[7:9]
+        held = [_initializer(graph, f"present.{layer}.{kind}_scale", x) for kind, x in zip("kv", scales, strict=True)]
+        renamed = {"kv_heads": "kv_num_heads", "window": "local_window_size"}
+        attributes = {renamed.get(name, name): attribute(node, name, None) for name in node.attributes}
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        new = ir.node(
+            "GroupQueryAttention",
+            [*given[:7], None, None, None, bias, sinks, *held],
+            attributes,
+            domain=MICROSOFT,
+            num_outputs=3,
+            name=node.name,
+        )
+        graph.insert_before(node, new)
+        for old, made in zip(node.outputs, new.outputs, strict=True):
+            made.shape, made.type, name = old.shape, old.type, old.name
+            old.replace_all_uses_with(made, replace_graph_outputs=True)
+            made.name, old.name = name, None
+        graph.remove(node, safe=True)
+
+
+def _initializer(graph: ir.Graph, name: str, values: Any) -> ir.Value:
+    array = np.ascontiguousarray(values, np.float32)
+    value = ir.Value(
+        name=name,
+        const_value=ir.tensor(array, name=name),
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    graph.initializers[name] = value
+    return value
