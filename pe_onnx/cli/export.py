@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 @click.option("--set", "fields", multiple=True, metavar="KEY=VALUE", help="A field of our own decoder's configuration.")
 @click.option("--target", default="ort", metavar="ort|portable", show_default=True, help="Who runs it.")
 @click.option("--dtype", default="fp32", metavar="fp32|fp16", show_default=True, help="Of weights and cache.")
+@click.option("--bits", type=int, metavar="4|8", help="Round the weights at once, as pe-onnx quantize does.")
+@click.option("--block", type=int, metavar="N", help="With --bits: weights that share a scale.")
+@click.option("--cache", metavar="int8", help="Keys and values in int8, as pe-onnx quantize has them.")
 @click.option("--logits", metavar="last|all", help="Of each row's last token or of all. [last for ort, else all]")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof of the finished bundle; the manifest says so.")
@@ -38,6 +44,9 @@ def command(
     fields: tuple[str, ...],
     target: str,
     dtype: str,
+    bits: int | None,
+    block: int | None,
+    cache: str | None,
     logits: str | None,
     force: bool,
     no_verify: bool,
@@ -73,9 +82,12 @@ def command(
             "preset": preset or "tiny",
         }
     begin = time.perf_counter()
-    with stages(6, "export") as progress:
+    rounded = bits is not None or cache is not None
+    if block is not None and bits is None:
+        raise click.UsageError("--block is for --bits")
+    with stages(9 if rounded else 6, "export") as progress, _place(output, rounded) as place:
         bundle = export(
-            output=output,
+            output=place,
             target=target,
             dtype=dtype,
             logits=logits,
@@ -85,16 +97,33 @@ def command(
             progress=progress,
             **options,
         )
+        if rounded:
+            from pe_onnx.quantization import quantize
+
+            asked: dict[str, Any] = {"bits": bits, "block": block, "cache": cache}
+            bundle = quantize(bundle, output, **asked, force=force, verify=not no_verify, progress=progress)
     for key, value in bundle.manifest["encoding"]["ignored"].items():
         click.echo(
             f"pe-onnx: warning: transformers ignores {key} = {json.dumps(value)}, and so does {output}", err=True
         )
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    kinds = [dtype, *([f"int{bits}"] if bits else []), *(["int8 cache"] if cache else [])]
     click.echo(
-        f"{output}: {bundle.manifest['encoding']['name']}, {target}, {dtype}, {human_bytes(size)} "
+        f"{output}: {bundle.manifest['encoding']['name']}, {target}, {', '.join(kinds)}, {human_bytes(size)} "
         f"in {time.perf_counter() - begin:.1f} s",
         err=True,
     )
+
+
+@contextmanager
+def _place(output: Path, rounded: bool) -> Iterator[Path]:
+    """Where the bundle is written that is rounded afterwards: beside its place, for as long as that takes."""
+    if not rounded:
+        yield output
+        return
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.float-", dir=output.absolute().parent) as folder:
+        yield Path(folder, "bundle")
 
 
 def _value(text: str) -> Any:
