@@ -239,10 +239,7 @@ class DeviceArray:
         self._value = None
         if device != "cpu":
             self._value = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0)
-
-    @property
-    def address(self) -> int:
-        return self._value.data_ptr() if self._value is not None else self.host.ctypes.data
+        self.address = self.host.ctypes.data if self._value is None else self._value.data_ptr()
 
     def upload(self) -> None:
         """Make the device see what was written to ``host``."""
