@@ -33,6 +33,11 @@ LEVELS = {
 RECORD_PLACEMENT = {"session.record_ep_graph_assignment_info": "1"}
 """Session options with which ``Session.placement`` can tell."""
 
+DEFAULTS = {"session.intra_op.spin_duration_us": "100"}
+"""Session options where none are given. Threads wait for the next operator for 100 us, which is longer than any serial
+operator of a decode step takes, and then sleep: onnxruntime's own 16 to 50 ms take the cores from all else, the next
+run included where cores are shared (benchmarks/session.json)."""
+
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session option: where the weights of a graph lie that is given as bytes."""
 
@@ -87,11 +92,11 @@ class Session:
     """An onnxruntime session of one of a bundle's graphs.
 
     provider: ``cpu``, ``cuda``, ``auto`` or onnxruntime's own name; the CPU runs what another has no kernel for.
-    threads: of one operator, 0 for one a physical core. options: onnxruntime's session configuration. optimize: False,
-    or one of LEVELS; True is ``all``. graph: its file, by default the decoder. profile: where onnxruntime
-    puts its profile, the beginning of a path; ``end_profile`` ends it. prepare: take the graph that an earlier start
-    left optimised beside the bundle, or leave it for later ones (`prepared_graph`); on the CPU, without options of
-    one's own, and where the bundle is large enough.
+    threads: of one operator, 0 for one a physical core. options: onnxruntime's session configuration, over DEFAULTS.
+    optimize: False, or one of LEVELS; True is ``all``. graph: its file, by default the decoder. profile: where
+    onnxruntime puts its profile, the beginning of a path; ``end_profile`` ends it. prepare: take the graph that an
+    earlier start left optimised beside the bundle, or leave it for later ones (`prepared_graph`); on the CPU, without
+    options of one's own, and where the bundle is large enough.
     Raises ProviderError where the provider cannot be had, ConfigError for threads or a level that are none, BundleError
     where onnxruntime refuses the model.
     """
@@ -200,7 +205,7 @@ def _session_options(
     result.log_severity_level = 4  # a refused run is an error of ours, in one line
     result.intra_op_num_threads = threads
     result.graph_optimization_level = LEVELS[level]
-    for key, value in (options or {}).items():
+    for key, value in (DEFAULTS | dict(options or {})).items():
         result.add_session_config_entry(key, value)
     if profile is not None:
         result.enable_profiling = True
