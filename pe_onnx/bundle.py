@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pe_onnx import contract
+from pe_onnx import contract, prepared
 from pe_onnx.errors import BundleError, ConfigError, ExportError
 
 MANIFEST = "manifest.json"
@@ -135,9 +135,17 @@ class Bundle:
         itemsize = {"float32": 4, "float16": 2, "int8": 1}[self.cache_dtype]
         return 2 * itemsize * sum(heads * size for heads, size in caches)
 
-    def verify(self) -> None:
-        """Raises BundleError for a file that is missing, of another size, or whose SHA-256 differs."""
-        for name, entry in self.manifest["files"].items():
+    def verify(self, remembered: bool = False) -> None:
+        """Raises BundleError for a file that is missing, of another size, or whose SHA-256 differs.
+
+        remembered: take the word of an earlier check for files that have not changed since, and remember this one
+        (`prepared`): for a bundle whose bytes would take a noticeable time to read.
+        """
+        files = self.manifest["files"]
+        remembered = remembered and prepared.worth(files)
+        known = prepared.checked_files(self.folder) if remembered else {}
+        checked: dict[str, tuple[str, prepared.State]] = {}
+        for name, entry in files.items():
             path = self.folder / name
             if not path.is_file():
                 raise BundleError(f"bundle {self.folder} is incomplete: {name} is missing; export it again")
@@ -146,14 +154,22 @@ class Bundle:
                 raise BundleError(
                     f"bundle {self.folder} is corrupted: {name} has {have} bytes, the manifest says {entry['bytes']}"
                 )
+            before = prepared.state(path)
+            checked[name] = entry["sha256"], before
+            if known.get(name) == [entry["sha256"], *before]:
+                continue
             if sha256(path) != entry["sha256"]:
                 raise BundleError(f"bundle {self.folder} is corrupted: the checksum of {name} does not match")
+            if prepared.state(path) != before:
+                del checked[name]
+        if remembered and any(known.get(name) != [digest, *one] for name, (digest, one) in checked.items()):
+            prepared.remember_checked(self.folder, checked)
 
 
-def read_bundle(folder: str | Path, verify: bool = True) -> Bundle:
+def read_bundle(folder: str | Path, verify: bool = True, remembered: bool = False) -> Bundle:
     """Read and check a bundle. Raises BundleError for what is no bundle, incomplete or corrupted.
 
-    verify: check the SHA-256 of every file too.
+    verify: check the SHA-256 of every file too. remembered: only of those that changed since they were last checked.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -179,7 +195,7 @@ def read_bundle(folder: str | Path, verify: bool = True) -> Bundle:
     _check_manifest(folder, manifest)
     bundle = Bundle(folder, manifest)
     if verify:
-        bundle.verify()
+        bundle.verify(remembered)
     return bundle
 
 

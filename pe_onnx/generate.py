@@ -75,10 +75,12 @@ class Model:
     ``timing`` holds the last call's figures. Raises what ``Session`` and ``load_tokenizer`` raise.
     """
 
-    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0, prepare: bool = True) -> None:
         self.bundle = bundle
-        self.session = Session(bundle, provider, threads)
-        self.encoder = None if bundle.crossing is None else Session(bundle, provider, threads, graph=ENCODER)
+        self.session = Session(bundle, provider, threads, prepare=prepare)
+        self.encoder = None
+        if bundle.crossing is not None:
+            self.encoder = Session(bundle, provider, threads, graph=ENCODER, prepare=prepare)
         self.tokenizer: Tokenizer = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"])
         self.timing = Timing()
 
@@ -317,9 +319,15 @@ def _check_beams(
         raise ConfigError(f"cache {with_beams}: a beam search makes its own; give the whole prompt")
 
 
-def load(folder: str | Path, provider: str = "cpu", threads: int = 0, verify: bool = True) -> Model:
-    """Open a bundle for generation. verify: check every file's SHA-256 first.
+def load(
+    folder: str | Path, provider: str = "cpu", threads: int = 0, verify: bool = True, prepare: bool = True
+) -> Model:
+    """Open a bundle for generation.
+
+    verify: check every file's SHA-256 first. prepare: keep the optimised graph, and which files were checked, in a
+    folder ``.prepared`` of the bundle, which makes later loads faster; False neither reads nor writes there, and
+    checks every byte. The environment's PE_ONNX_PREPARE=0 does the same.
 
     Raises BundleError for a bundle that is missing or corrupted, ProviderError for a provider that cannot be had.
     """
-    return Model(read_bundle(folder, verify), provider, threads)
+    return Model(read_bundle(folder, verify, remembered=prepare), provider, threads, prepare)

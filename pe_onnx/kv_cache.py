@@ -171,13 +171,15 @@ class InPlaceCache(KVCache):
     def _decode(self, ids: Array, moving: Array) -> Array:
         # a row that does not move overwrites the slot behind its last token; where none is left, its last token again
         hard = self.session.bundle.max_length
-        full = ~moving & (hard is not None and self.lengths >= hard)
-        ids = np.where(full, [held[-1] if held else 0 for held in self.tokens], ids)
-        lengths = self.lengths + ~full
+        positions, lengths = self.lengths, self.lengths + 1
+        if not moving.all():
+            full = ~moving & (hard is not None and self.lengths >= hard)
+            ids = np.where(full, [held[-1] if held else 0 for held in self.tokens], ids)
+            positions, lengths = np.where(moving, positions, np.maximum(positions - 1, 0)), positions + ~full
         total = int(lengths.max())
         self.reserve(total)
         self._ids.host[:, 0] = ids
-        self._positions.host[:, 0] = np.where(moving, self.lengths, np.maximum(self.lengths - 1, 0))
+        self._positions.host[:, 0] = positions
         mask = self._mask.host[: self.batch_size * total].reshape(self.batch_size, total)
         np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
         self._note(0, self._ids.host, mask, self._positions.host, moving[:, None])

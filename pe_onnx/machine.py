@@ -25,6 +25,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def processor_features() -> str:
+    """Machine, processor, and the instructions it has where the system says so: what kernels are chosen by."""
+    features = ""
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        features = next(line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features")))
+    return f"{platform.machine()} {platform.processor()} {features}"
+
+
 def versions(packages: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:
     """Of pe-onnx, Python, and those of the packages that are installed."""
     from pe_onnx import __version__

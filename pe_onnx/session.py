@@ -18,6 +18,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loa
 with needs("running a bundle", "'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (never both)"):
     import onnxruntime
 
+    from pe_onnx.prepared_graph import PreparedGraph, prepared_graph
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 LEVELS = {
@@ -30,6 +32,14 @@ LEVELS = {
 
 RECORD_PLACEMENT = {"session.record_ep_graph_assignment_info": "1"}
 """Session options with which ``Session.placement`` can tell."""
+
+DEFAULTS = {"session.intra_op.spin_duration_us": "100"}
+"""Session options where none are given. Threads wait for the next operator for 100 us, which is longer than any serial
+operator of a decode step takes, and then sleep: onnxruntime's own 16 to 50 ms take the cores from all else, the next
+run included where cores are shared (benchmarks/session.json)."""
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Session option: where the weights of a graph lie that is given as bytes."""
 
 MAX_THREADS = 1024
 """More is a slip: each takes a stack, and onnxruntime starts them all."""
@@ -82,9 +92,11 @@ class Session:
     """An onnxruntime session of one of a bundle's graphs.
 
     provider: ``cpu``, ``cuda``, ``auto`` or onnxruntime's own name; the CPU runs what another has no kernel for.
-    threads: of one operator, 0 for one a physical core. options: onnxruntime's session configuration. optimize: False,
-    or one of LEVELS; True is ``all``. graph: its file, by default the decoder. profile: where onnxruntime
-    puts its profile, the beginning of a path; ``end_profile`` ends it.
+    threads: of one operator, 0 for one a physical core. options: onnxruntime's session configuration, over DEFAULTS.
+    optimize: False, or one of LEVELS; True is ``all``. graph: its file, by default the decoder. profile: where
+    onnxruntime puts its profile, the beginning of a path; ``end_profile`` ends it. prepare: take the graph that an
+    earlier start left optimised beside the bundle, or leave it for later ones (`prepared_graph`); on the CPU, without
+    options of one's own, and where the bundle is large enough.
     Raises ProviderError where the provider cannot be had, ConfigError for threads or a level that are none, BundleError
     where onnxruntime refuses the model.
     """
@@ -98,6 +110,7 @@ class Session:
         optimize: bool | str = True,
         graph: str | None = None,
         profile: Path | None = None,
+        prepare: bool = False,
     ) -> None:
         wanted = resolve_provider(provider)
         if not 0 <= threads <= MAX_THREADS:
@@ -105,22 +118,18 @@ class Session:
         level = optimize if isinstance(optimize, str) else "all" if optimize else "off"
         if level not in LEVELS:
             raise ConfigError(f"optimize = {level!r} must be one of {', '.join(LEVELS)}{did_you_mean(level, LEVELS)}")
-        session_options = onnxruntime.SessionOptions()
-        session_options.log_severity_level = 4  # a refused run is an error of ours, in one line
-        session_options.intra_op_num_threads = threads
-        session_options.graph_optimization_level = LEVELS[level]
-        for key, value in (options or {}).items():
-            session_options.add_session_config_entry(key, value)
-        if profile is not None:
-            session_options.enable_profiling = True
-            session_options.profile_file_prefix = str(profile)
         self.bundle = bundle
         self.model = bundle.folder / (graph or bundle.model.name)
         self.inputs, self.outputs = bundle.graphs.get(self.model.name, bundle.graphs[bundle.model.name])
         self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
+        plain = level == "all" and not options and profile is None and wanted == PROVIDERS["cpu"]
+        place = prepared_graph(bundle, self.model.name) if prepare and plain else None
         providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
         try:
-            self.inference = onnxruntime.InferenceSession(str(self.model), session_options, providers=providers)
+            self.inference: Any = place and _open_prepared(place, threads)
+            if self.inference is None:
+                session_options = _session_options(threads, level, options, profile)
+                self.inference = onnxruntime.InferenceSession(str(self.model), session_options, providers=providers)
         except Exception as error:
             raise self._failed("load", error) from error
         if wanted not in self.inference.get_providers():
@@ -189,6 +198,41 @@ class Session:
             raise self._failed("run", error) from error
 
 
+def _session_options(
+    threads: int, level: str = "all", options: Mapping[str, str] | None = None, profile: Path | None = None
+) -> Any:
+    result = onnxruntime.SessionOptions()
+    result.log_severity_level = 4  # a refused run is an error of ours, in one line
+    result.intra_op_num_threads = threads
+    result.graph_optimization_level = LEVELS[level]
+    for key, value in (DEFAULTS | dict(options or {})).items():
+        result.add_session_config_entry(key, value)
+    if profile is not None:
+        result.enable_profiling = True
+        result.profile_file_prefix = str(profile)
+    return result
+
+
+def _open_prepared(place: PreparedGraph, threads: int) -> Any:
+    """A session of the graph that an earlier start left, or one that leaves it; None where neither can be had."""
+    content = place.read()
+    unfinished = place.scratch() if content is None else None
+    try:
+        if content:
+            options = _session_options(threads, "off", {WEIGHTS_FOLDER: str(place.bundle.folder.resolve())})
+            return onnxruntime.InferenceSession(content, options, providers=[PROVIDERS["cpu"]])
+        if unfinished is not None:
+            options = _session_options(threads)
+            options.optimized_model_filepath = str(unfinished)
+            model = str(place.bundle.folder / place.graph)
+            opened = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
+            place.keep(unfinished)
+            return opened
+    except Exception:  # whatever onnxruntime has against it: the bundle's own file is what counts
+        place.refuse(unfinished)
+    return None
+
+
 class DeviceArray:
     """A contiguous array that onnxruntime reads and writes in place; ``host`` is its memory on the CPU."""
 
@@ -200,10 +244,7 @@ class DeviceArray:
         self._value = None
         if device != "cpu":
             self._value = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0)
-
-    @property
-    def address(self) -> int:
-        return self._value.data_ptr() if self._value is not None else self.host.ctypes.data
+        self.address = self.host.ctypes.data if self._value is None else self._value.data_ptr()
 
     def upload(self) -> None:
         """Make the device see what was written to ``host``."""

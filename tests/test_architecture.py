@@ -14,9 +14,10 @@ import pe_onnx
 LAYERS = [
     ("errors",),
     ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values", "block_quantization"),
-    ("intervals", "graph_nodes", "fresh_process", "yardstick_model"),
+    ("intervals", "graph_nodes", "fresh_process", "yardstick_model", "prepared"),
     ("attribution", "turns"),
     ("bundle",),
+    ("prepared_graph",),
     ("session",),
     ("custom_ops",),
     ("encoding",),
@@ -59,7 +60,7 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 ``encodings``, the files found by name.
 """
 RUNTIME = (
-    *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
+    *("prepared", "bundle", "prepared_graph", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
     *("tokenizer", "sampling", "beam_search", "generate"),
     *("machine", "report_files", "plain_values"),
     *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),

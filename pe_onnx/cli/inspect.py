@@ -51,6 +51,7 @@ def command(bundle: str, as_json: bool) -> None:
         "dtype": m["dtype"],
         "logits": m["logits"],
         "size": f"{human_bytes(total)}, weights {human_bytes(m['graph']['weight_bytes'])}",
+        **({"prepared": left} if (left := _left(read)) else {}),
         "cache": f"{cache_bytes} bytes per token: " + _layers(read.caches),
         **({"cross cache": _cross_cache(read)} if read.crossing else {}),
         "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
@@ -149,3 +150,12 @@ def _spans(numbers: list[int]) -> str:
         else:
             runs.append([n])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+
+
+def _left(bundle: Bundle) -> str:
+    """What earlier starts left beside the bundle."""
+    from pe_onnx.prepared import CHECKED, FOLDER, PARTIAL
+
+    found = [p for p in (bundle.folder / FOLDER).glob("*") if p.name != CHECKED and not p.name.startswith(PARTIAL)]
+    names = sorted({path.name.partition("-")[0] for path in found})
+    return f"{', '.join(names)}: {human_bytes(sum(p.stat().st_size for p in found))}" if found else ""
