@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from pe_onnx import saved_cache
 from pe_onnx.beam_search import BeamOptions, BeamSearch, Hypothesis
 from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
@@ -42,6 +44,8 @@ class Timing:
     """Of one ``generate`` call, in seconds and tokens over all rows."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompt tokens those that the cache held already."""
     prefill_s: float = 0.0
     new_tokens: int = 0
     decoded_tokens: int = 0
@@ -51,7 +55,12 @@ class Timing:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the model ran on, in prefill and in decode steps."""
+        return self.prompt_tokens - self.reused_tokens + self.decoded_tokens
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -98,6 +107,20 @@ class Model:
         encoded = Sources(self.encoder, self.session, sources)
         return make_cache(self.session, len(sources), max_length, chunk_tokens, encoded)
 
+    def load_cache(
+        self, path: str | PathLike[str], max_length: int | None = None, chunk_tokens: int | None = None
+    ) -> KVCache:
+        """A cache with what ``KVCache.save`` wrote, of as many rows.
+
+        Raises CacheFileError for a file that is no cache of this bundle, InputError for more tokens than fit.
+        """
+        if self.encoder is not None:
+            raise ConfigError("a cache of an encoder-decoder is over its sources; it is neither saved nor loaded")
+        with saved_cache.opened(path, self.bundle) as saved:
+            cache = self.cache(len(saved.tokens), max_length, chunk_tokens)
+            cache.restore(saved)
+        return cache
+
     def _open(self, prompts: list[list[int]], max_length: int | None) -> tuple[KVCache, list[list[int]]]:
         """A new cache for some prompts, and what it is to be prefilled with: for sources the start token."""
         if self.encoder is None:
@@ -117,6 +140,7 @@ class Model:
         stop: Sequence[str] = ...,
         stream: Stream | None = ...,
         cache: KVCache | None = ...,
+        reuse: bool = ...,
         max_length: int | None = ...,
         ignore_eos: bool = ...,
         beams: None = ...,
@@ -144,6 +168,7 @@ class Model:
         stop: Sequence[str] = ...,
         stream: Stream | None = ...,
         cache: KVCache | None = ...,
+        reuse: bool = ...,
         max_length: int | None = ...,
         ignore_eos: bool = ...,
         beams: BeamOptions | None = ...,
@@ -158,6 +183,7 @@ class Model:
         stop: Sequence[str] = (),
         stream: Stream | None = None,
         cache: KVCache | None = None,
+        reuse: bool = False,
         max_length: int | None = None,
         ignore_eos: bool = False,
         beams: BeamOptions | None = None,
@@ -166,10 +192,12 @@ class Model:
 
         A prompt is text, or a list of token ids. sampling: default greedy. stop: strings that end the text before
         them. cache: continue on what it holds (its batch size must be the number of prompts); afterwards it holds
-        the new tokens too, but for the last drawn. beams: search with more than one beam; each prompt then gives
-        ``num_return_sequences`` results, best first, and with more than one of them one prompt gives a list as well.
-        A search neither draws nor streams, and takes no stop strings and no cache. Raises ConfigError for options that
-        do not go together, and InputError for a prompt the model cannot take.
+        the new tokens too, but for the last drawn. reuse: the prompts are whole, as of a conversation that grows, and
+        what the cache holds of their beginnings is not computed again; where they depart, it is cut back. beams:
+        search with more than one beam; each prompt then gives ``num_return_sequences`` results, best first, and with
+        more than one of them one prompt gives a list as well. A search neither draws nor streams, and takes no stop
+        strings and no cache. Raises ConfigError for options that do not go together, and InputError for a prompt the
+        model cannot take.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
@@ -182,6 +210,8 @@ class Model:
             return found[0] if single and len(found) == 1 else found
         if cache is not None and max_length is not None:
             raise ConfigError(f"max_length = {max_length} is for a new cache; the one given has its own")
+        if reuse and cache is None:
+            raise ConfigError("reuse = True needs a cache, which holds what was computed; make one with Model.cache()")
         if cache is not None and self.encoder is not None:
             raise ConfigError("cache: an encoder-decoder has one for each source, which generate makes")
         sampler = Sampler(options, len(prompts))
@@ -191,6 +221,9 @@ class Model:
         first = prompts
         if cache is None:
             cache, first = self._open(prompts, max_length)
+        elif reuse:
+            first = [rest.tolist() for rest in cache.reuse(prompts)]
+            self.timing.reused_tokens = int(cache.lengths.sum())
         rows = [
             _Row([*before, *ids], len(prompt), self._text(prompt, stop))
             for before, ids, prompt in zip(cache.tokens, first, prompts, strict=False)

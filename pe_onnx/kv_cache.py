@@ -6,7 +6,7 @@ a step writes one slot. ``GrowingCache`` serves the ``portable`` target: every s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,20 @@ class InPlaceCache(KVCache):
             return self.nbytes
         slots = {b: slice(self._first_difference(b, p), self.lengths[p]) for b, p in enumerate(parents) if b != p}
         return reorder_rows(self.buffers, parents.tolist(), slots) if slots else 0
+
+    def _truncate(self, lengths: Array) -> None:
+        pass  # slots behind a row's length are never read, and the next token overwrites the first of them
+
+    def _held(self, i: int) -> list[Array]:
+        held = self.buffers[i].download()
+        return [held[b, :, :n] for b, n in enumerate(self.lengths)]
+
+    def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
+        self.reserve(int(lengths.max()))
+        for buffer, rows in zip(self.buffers, held, strict=True):
+            for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+                buffer.host[b, :, :n] = row
+            buffer.upload()
 
     def _first_difference(self, a: int, b: int) -> int:
         """The slot up to which two rows hold the same keys and values."""
@@ -230,6 +244,26 @@ class GrowingCache(KVCache):
             self._past[i] = self.session.empty(rows.shape, rows.dtype)
             self._past[i].update_inplace(rows)
         return self.nbytes
+
+    def _truncate(self, lengths: Array) -> None:
+        cut = ([row[:, :n] for row, n in zip(self._held(i), lengths, strict=True)] for i in range(2 * self.layers))
+        self._hold(lengths, cut)
+
+    def _held(self, i: int) -> list[Array]:
+        return [row[:, valid] for row, valid in zip(self._past[i].numpy(), self.mask != 0, strict=True)]
+
+    def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
+        longest = int(lengths.max())
+        past: list[Any] = []
+        for old, rows in zip(self._past, held, strict=True):
+            _, K, _, D = old.shape()
+            padded = np.zeros((self.batch_size, K, longest, D), self.session.bundle.cache_dtype)
+            for row, values, n in zip(padded, rows, lengths, strict=True):
+                row[:, longest - n :] = values
+            past.append(self.session.empty(padded.shape, padded.dtype))
+            past[-1].update_inplace(padded)
+        self._past = past
+        self.mask = (np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)
 
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]:
         longest = max(row.size for row in rows)

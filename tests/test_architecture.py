@@ -26,7 +26,7 @@ LAYERS = [
     ("tracing", "verification"),
     ("writing",),
     ("exporter",),
-    ("reordering", "memory"),
+    ("reordering", "memory", "saved_cache"),
     ("sources",),
     ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
@@ -58,7 +58,7 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 ``encodings``, the files found by name.
 """
 RUNTIME = (
-    *("bundle", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
+    *("bundle", "session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "kv_cache"),
     *("tokenizer", "sampling", "beam_search", "generate"),
     *("machine", "report_files", "plain_values"),
     *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
