@@ -16,6 +16,7 @@ from pe_onnx.beam_search import BeamOptions, BeamSearch, Hypothesis
 from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import KVCache, make_cache
+from pe_onnx.memory_plan import make_room
 from pe_onnx.sampling import Sampler, SamplingOptions
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
@@ -142,6 +143,7 @@ class Model:
         cache: KVCache | None = ...,
         reuse: bool = ...,
         max_length: int | None = ...,
+        max_memory_bytes: int | None = ...,
         ignore_eos: bool = ...,
         beams: None = ...,
     ) -> Generation: ...
@@ -154,6 +156,7 @@ class Model:
         sampling: SamplingOptions | None = ...,
         *,
         max_length: int | None = ...,
+        max_memory_bytes: int | None = ...,
         ignore_eos: bool = ...,
         beams: BeamOptions,
     ) -> Generation | list[Generation]: ...
@@ -170,6 +173,7 @@ class Model:
         cache: KVCache | None = ...,
         reuse: bool = ...,
         max_length: int | None = ...,
+        max_memory_bytes: int | None = ...,
         ignore_eos: bool = ...,
         beams: BeamOptions | None = ...,
     ) -> list[Generation]: ...
@@ -185,6 +189,7 @@ class Model:
         cache: KVCache | None = None,
         reuse: bool = False,
         max_length: int | None = None,
+        max_memory_bytes: int | None = None,
         ignore_eos: bool = False,
         beams: BeamOptions | None = None,
     ) -> Generation | list[Generation]:
@@ -193,11 +198,12 @@ class Model:
         A prompt is text, or a list of token ids. sampling: default greedy. stop: strings that end the text before
         them. cache: continue on what it holds (its batch size must be the number of prompts); afterwards it holds
         the new tokens too, but for the last drawn. reuse: the prompts are whole, as of a conversation that grows, and
-        what the cache holds of their beginnings is not computed again; where they depart, it is cut back. beams:
+        what the cache holds of their beginnings is not computed again; where they depart, it is cut back.
+        max_memory_bytes: of the whole process; prompts run in chunks so small that it suffices (memory_plan.py). beams:
         search with more than one beam; each prompt then gives ``num_return_sequences`` results, best first, and with
         more than one of them one prompt gives a list as well. A search neither draws nor streams, and takes no stop
         strings and no cache. Raises ConfigError for options that do not go together, and InputError for a prompt the
-        model cannot take.
+        model cannot take, or more tokens than fit the memory.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
@@ -206,7 +212,7 @@ class Model:
         ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
         if beams is not None and beams.num_beams > 1:
             _check_beams(beams, options, stop, stream, cache)
-            found = self._search(prompts, max_new_tokens, options, beams, max_length, ends)
+            found = self._search(prompts, max_new_tokens, options, beams, max_length, max_memory_bytes, ends)
             return found[0] if single and len(found) == 1 else found
         if cache is not None and max_length is not None:
             raise ConfigError(f"max_length = {max_length} is for a new cache; the one given has its own")
@@ -228,6 +234,7 @@ class Model:
             _Row([*before, *ids], len(prompt), self._text(prompt, stop))
             for before, ids, prompt in zip(cache.tokens, first, prompts, strict=False)
         ]
+        make_room(cache, max(len(row.history) for row in rows), max_new_tokens, max_memory_bytes)
         logits = np.stack(cache.prefill(first))
         self.timing.prefill_s = time.perf_counter() - begin
         begin = time.perf_counter()
@@ -262,11 +269,13 @@ class Model:
         options: SamplingOptions,
         beams: BeamOptions,
         max_length: int | None,
+        max_memory_bytes: int | None,
         ends: frozenset[int],
     ) -> list[Generation]:
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         begin = time.perf_counter()
         cache, first = self._open(prompts, max_length)
+        make_room(cache, max(map(len, first)), max_new_tokens, max_memory_bytes, beams.num_beams)
         logits = np.stack(cache.prefill(first))
         self.timing.prefill_s = time.perf_counter() - begin
         begin = time.perf_counter()

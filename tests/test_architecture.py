@@ -30,7 +30,7 @@ LAYERS = [
     ("sources",),
     ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
-    ("beam_search",),
+    ("beam_search", "memory_plan"),
     ("generate", "contestants", "yardstick"),
     ("operator_times", "relative"),
     ("bench_report", "baselines"),
@@ -58,7 +58,7 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 ``encodings``, the files found by name.
 """
 RUNTIME = (
-    *("bundle", "session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "kv_cache"),
+    *("bundle", "session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "kv_cache", "memory_plan"),
     *("tokenizer", "sampling", "beam_search", "generate"),
     *("machine", "report_files", "plain_values"),
     *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),

@@ -25,6 +25,7 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 @click.option("--target", default="ort", metavar="ort|portable", show_default=True, help="Who runs it.")
 @click.option("--dtype", default="fp32", metavar="fp32|fp16", show_default=True, help="Of weights and cache.")
 @click.option("--logits", metavar="last|all", help="Of each row's last token or of all. [last for ort, else all]")
+@click.option("--window-cache", is_flag=True, help="Layers with a sliding window keep the window, not all tokens.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof of the finished bundle; the manifest says so.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the PyTorch exporter says.")
@@ -39,6 +40,7 @@ def command(
     target: str,
     dtype: str,
     logits: str | None,
+    window_cache: bool,
     force: bool,
     no_verify: bool,
     verbose: bool,
@@ -79,6 +81,7 @@ def command(
             target=target,
             dtype=dtype,
             logits=logits,
+            window_cache=window_cache,
             force=force,
             verify=not no_verify,
             verbose=verbose,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+from pe_onnx.cli._options import bundle_argument, json_option, parse_bytes, print_json, provider_option, threads_option
 
 if TYPE_CHECKING:
     from pe_onnx.generate import Model, Timing
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", metavar="ID,ID,...", help="A prompt of token ids.")
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--max-length", type=int, metavar="N", help="Tokens of a row at most. [the trained length]")
+@click.option("--max-memory", metavar="SIZE", help="Of the whole process, as 512MB; prompts run in chunks that fit.")
 @click.option("--save-cache", metavar="FILE", help="Keep what was computed; --load-cache goes on from there.")
 @click.option("--load-cache", metavar="FILE", help="Compute only what FILE does not hold of the prompt's beginning.")
 @click.option("--no-verify", is_flag=True, help="Do not check the files' checksums first.")
@@ -68,6 +69,7 @@ def command(
     tokens: str | None,
     echo: bool,
     max_length: int | None,
+    max_memory: str | None,
     save_cache: str | None,
     load_cache: str | None,
     no_verify: bool,
@@ -99,6 +101,7 @@ def command(
     interactive = chat and not prompts and sys.stdin.isatty()
     if interactive and beams > 1:
         raise click.UsageError("--beams needs a prompt: a conversation streams")
+    budget = parse_bytes(max_memory, "--max-memory") if max_memory is not None else None
     if beams > 1 and (save_cache or load_cache):
         raise click.UsageError(f"{'--save-cache' if save_cache else '--load-cache'} is not for --beams")
     if save_cache:
@@ -107,6 +110,7 @@ def command(
     for option, given in (
         ("--chat", chat),
         ("--echo", echo),
+        ("--max-memory", max_memory),
         ("--save-cache", save_cache),
         ("--load-cache", load_cache),
     ):
@@ -117,7 +121,7 @@ def command(
     cache = model.load_cache(load_cache, max_length) if load_cache else None
     if interactive:
         cache = cache or model.cache(1, max_length)
-        _converse(model, system, sampling, max_new_tokens, stop, cache)
+        _converse(model, system, sampling, max_new_tokens, stop, cache, budget)
         if save_cache:
             cache.save(save_cache)
         return
@@ -145,6 +149,7 @@ def command(
         cache=cache,
         reuse=cache is not None,
         max_length=max_length if cache is None else None,
+        max_memory_bytes=budget,
         ignore_eos=ignore_eos,
         beams=search,
     )
@@ -209,6 +214,7 @@ def _converse(
     max_new_tokens: int,
     stop: tuple[str, ...],
     cache: KVCache,
+    max_memory_bytes: int | None,
 ) -> None:
     """Turns until end of input; what the cache holds of the conversation is not computed again."""
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
@@ -230,6 +236,7 @@ def _converse(
             stream=lambda row, piece: click.echo(piece, nl=False),
             cache=cache,
             reuse=True,
+            max_memory_bytes=max_memory_bytes,
         )
         click.echo()
         messages.append({"role": "assistant", "content": result.text})
