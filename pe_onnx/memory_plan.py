@@ -2,14 +2,15 @@
 
 Counted are
 
-- the process as it stands: weights, onnxruntime, what a cache holds already;
-- keys and values of all rows up to the last token that may be made; the portable target's twice, as each run returns
-  a longer cache beside the one it was given, and half again for the blocks that its allocator cannot use anew;
-- a run on a chunk of T tokens in b rows behind the rest of S: SCORE_TENSORS tensors ``[b, H, T, S]`` where attention
-  has such (a bias, scores that are written out), the logits, and activations of about ACTIVATIONS x width numbers a
-  token, the width being that of a decoder of so many weights.
+- the process as it stands: weights, onnxruntime, Python; and OVERHEAD_BYTES;
+- keys and values of all rows up to the last token that may be made; the portable target's GROWING times, as each run
+  returns a longer cache beside the one it was given and onnxruntime's allocator keeps what is too short for the next;
+- a run on a chunk of T tokens in b rows behind the rest of S: some tensors ``[b, H, T, S]`` where attention has such
+  (a bias, scores that are written out), the logits, and activations of about ACTIVATIONS x width numbers a token, the
+  width being that of a decoder of so many weights.
 
-The last is an estimate, the greater part of the rest exact. The chunk is the longest that fits.
+How many such tensors there are, GROWING and OVERHEAD_BYTES were measured, and the activations are an estimate; the
+rest is exact. The chunk is the longest that fits.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from pe_onnx.fresh_process import status_bytes
 from pe_onnx.kv_cache import ring_slots
 from pe_onnx.memory import available_bytes
 
-SCORE_TENSORS = 3
-"""Of ``[b, H, T, S]`` at once: a bias, the scores under it, and what one is made of."""
+SCORE_TENSORS = {"ort": 2.5, "portable": 4.5}
+"""Of ``[b, H, T, S]`` at once: a bias, the scores under it, and what they are made of."""
 ACTIVATIONS = 32
 """Numbers of a layer's width that a token takes within a run: residual, queries, keys, values, the MLP."""
 FEWEST_CHUNK_TOKENS = 16
 """Fewer at a time would take longer than decode steps."""
-GROWING = 2.5
+GROWING = 5.5
 """Caches of the portable target at once."""
+OVERHEAD_BYTES = 8_000_000
 
 
 class Demand(NamedTuple):
@@ -50,24 +52,24 @@ class Demand(NamedTuple):
 
 def demand(bundle: Bundle, rows: int, prompt_tokens: int, tokens: int, chunk_tokens: int) -> Demand:
     """Of ``rows`` prompts, run in chunks, that grow to ``tokens`` tokens each. Without the process itself."""
-    itemsize = np.dtype(bundle.cache_dtype).itemsize
+    itemsize, portable = np.dtype(bundle.cache_dtype).itemsize, bundle.target == "portable"
     cache = sum(
         2 * itemsize * K * D * (ring_slots(window) if window else tokens)
         for (K, D), window in zip(bundle.caches, bundle.windows, strict=True)
     )
     chunk = min(chunk_tokens, prompt_tokens)
-    together = bundle.target == "portable" or (prompt_tokens <= chunk_tokens and not any(bundle.windows))
+    together = portable or (prompt_tokens <= chunk_tokens and not any(bundle.windows))
     new = max(chunk * rows if together else chunk, rows)  # tokens of one run
     logits = 8 * max(rows, new if bundle.logits == "all" else 0) * bundle.shape["vocab_size"]  # ours and onnxruntime's
     weights = bundle.manifest["graph"]["weight_bytes"] / itemsize
     width = math.sqrt(max(weights, 1) / len(bundle.caches) / 12)
-    row_scores = 4 * bundle.score_heads * tokens
+    heads = max(bundle.score_heads, *(K for K, _ in bundle.caches)) if portable else bundle.score_heads
+    row_scores = 4 * heads * tokens
     scores = row_scores * new
     if not bundle.path_dependent:  # chunks are made smaller behind a long past
         scores = min(scores, max(SCORE_BYTES, row_scores * max(min(chunk, LEAST_CHUNK_TOKENS) * (new // chunk), rows)))
-    factor = GROWING if bundle.target == "portable" else 1
-    run = logits + round(4 * ACTIVATIONS * width * new) + SCORE_TENSORS * scores
-    return Demand(round(rows * cache * factor), run)
+    run = logits + round(4 * ACTIVATIONS * width * new + SCORE_TENSORS[bundle.target] * scores)
+    return Demand(round(rows * cache * (GROWING if portable else 1)), run)
 
 
 def fit(cache: KVCache, prompt_tokens: int, new_tokens: int, max_memory_bytes: int, copies: int = 1) -> None:
@@ -80,7 +82,7 @@ def fit(cache: KVCache, prompt_tokens: int, new_tokens: int, max_memory_bytes: i
         raise ConfigError(f"max_memory_bytes = {max_memory_bytes} is for decoders; this is an encoder-decoder")
     rows = cache.batch_size * copies
     held = int(cache.lengths.sum()) * bundle.cache_bytes_per_token
-    process = max((status_bytes("VmRSS") or 0) - held, bundle.manifest["graph"]["weight_bytes"])
+    process = max((status_bytes("VmRSS") or 0) - held, bundle.manifest["graph"]["weight_bytes"]) + OVERHEAD_BYTES
     left = max_memory_bytes - process
     wanted = prompt_tokens + new_tokens - 1  # the last token drawn is never run
     if cache.max_length is not None:

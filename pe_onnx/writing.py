@@ -191,7 +191,10 @@ def _manifest(models: Mapping[str, ir.Model], e: Exportable, target: str, dtype:
 
 
 def _score_heads(node: ir.Node) -> int:
-    """H of a tensor [H, T, S] at fused attention: a bias, or the scores that a soft-cap or sinks have materialised."""
+    """H of a tensor [H, T, S]: at fused attention a bias, or the scores that a soft-cap or sinks have materialised; at
+    the portable target's the scores."""
+    if node.op_type == "MaskedAttention":
+        return node.attributes.get_int("num_heads", 0)
     if node.op_type != "CachedAttention":
         return 0
     fused = not any(node.inputs[7:]) and not node.attributes.get_float("softcap")

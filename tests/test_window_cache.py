@@ -39,7 +39,7 @@ class Pair:
         return self.oracle(torch.tensor([row])).logits[0].numpy()
 
     def cache(self, rows: int = 1, **options: int) -> InPlaceCache:
-        cache = self.model.cache(rows, **options)
+        cache = self.model.cache(rows, max_length=400, **options)
         assert isinstance(cache, InPlaceCache)
         return cache
 
@@ -117,7 +117,7 @@ def test_going_back_and_to_a_file(pairs: Callable[[str], Pair], family: str, tmp
     """As far back as the window is held; further back a prompt is computed again, and truncate refuses."""
     pair = pairs(family)
     back = refused = 0
-    for held in range(SLOTS - 2, SLOTS + 2 * WINDOW + 3, 5):
+    for held in range(SLOTS - 2, SLOTS + WINDOW + 3, 4):
         for kept in (held - 1, held - 4, held - 20, held - WINDOW - 1, WINDOW // 2):
             cache = pair.cache(chunk_tokens=16)
             cache.prefill([TOKENS[:held]])
@@ -134,7 +134,7 @@ def test_going_back_and_to_a_file(pairs: Callable[[str], Pair], family: str, tmp
                 kept, rest = 0, rest_of_prompt.tolist()
             if kept % 2:
                 cache.save(tmp_path / "c")
-                cache = pair.model.load_cache(tmp_path / "c")
+                cache = pair.model.load_cache(tmp_path / "c", max_length=400)
             row = TOKENS[:kept] + rest
             np.testing.assert_allclose(cache.prefill([rest])[0], pair.expected(row)[-1], atol=3e-4)
             for token in TOKENS[:3]:
@@ -168,7 +168,7 @@ def test_a_conversation_past_the_window_computes_each_token_once(pairs: Callable
         history += TOKENS[turn : turn + 9]
         result = pair.model.generate(history, 6, cache=cache, reuse=True, ignore_eos=True)
         counted += pair.model.timing.computed_tokens
-        assert result.tokens == pair.model.generate(history, 6, ignore_eos=True).tokens
+        assert result.tokens == pair.model.generate(history, 6, max_length=400, ignore_eos=True).tokens
         history += result.tokens
     assert counted == len(history) - 1 > 4 * WINDOW
 
@@ -178,4 +178,4 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         pe_onnx.export(encoding="rope", output=tmp_path / "b", target="portable", window_cache=True)
     with pytest.raises(ConfigError, match="no layer of this model has a sliding window"):
         pe_onnx.export(encoding="rope", output=tmp_path / "b", window_cache=True, verify=False)
-    assert not (tmp_path / "b").exists()
+    assert list(tmp_path.iterdir()) == []
