@@ -86,6 +86,11 @@ class Bundle:
         return [(heads, size) for heads, size in self.manifest["model"]["caches"]]
 
     @property
+    def windows(self) -> list[int]:
+        """Of each layer the tokens to which its cache may be cut; 0 where it must hold all."""
+        return self.manifest["model"].get("windows", [0] * len(self.manifest["model"]["caches"]))
+
+    @property
     def depth(self) -> int:
         """Layers that a token's logits have gone through, those of an encoder included."""
         caches = len(self.manifest["model"]["caches"])
@@ -236,6 +241,9 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
     heads = m["model"].get("score_heads", 0)
     require(heads == 0 or count(heads), "model.score_heads")
     require(count(m["model"].get("layers", 1)), "model.layers")
+    windows = m["model"].get("windows", [0] * len(m["model"]["caches"]))
+    require(isinstance(windows, list) and len(windows) == len(m["model"]["caches"]), "model.windows")
+    require(all(window == 0 or count(window) for window in windows), "model.windows")
     require(isinstance(m["encoding"].get("name"), str), "encoding.name")
     require(isinstance(m["encoding"].get("parameters"), dict), "encoding.parameters")
     require(isinstance(m["encoding"].get("path_dependent"), bool), "encoding.path_dependent")

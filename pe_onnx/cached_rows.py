@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pe_onnx import contract
+from pe_onnx import contract, saved_cache
 from pe_onnx.errors import ConfigError, InputError
-from pe_onnx.reordering import checked_parents
+from pe_onnx.reordering import checked_parents, common_prefix
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
 
@@ -153,6 +154,72 @@ class KVCache(ABC):
         self.batch_size = len(parents)
         return moved
 
+    def truncate(self, lengths: Sequence[int] | Array) -> None:
+        """Forget what each row b holds behind its first ``lengths[b]`` tokens.
+
+        Raises InputError for what is no length of the rows, or for one to which a row cannot go back.
+        """
+        kept = np.asarray(lengths, np.int64)
+        if kept.shape != (self.batch_size,) or (kept < 0).any() or (kept > self.lengths).any():
+            raise InputError(f"lengths = {kept.tolist()} must be one a row, at most {self.lengths.tolist()}")
+        if self.path is not None and (kept < self.lengths).any():
+            raise ConfigError("a cache whose runs are noted in a path cannot forget tokens")
+        for b, n in enumerate(kept):
+            if not self._can_keep(b, int(n)):
+                raise InputError(
+                    f"row {b} cannot go back from {self.lengths[b]} tokens to {n}: its keys depend on all tokens of "
+                    f"their run, or those before are out of the window; truncate it to 0"
+                )
+        if (kept < self.lengths).any():
+            self._truncate(kept)
+            self.lengths[:] = kept
+            for held, n in zip(self.tokens, kept, strict=True):
+                del held[n:]
+
+    def reuse(self, prompts: Sequence[Tokens]) -> list[Array]:
+        """Cut each row back to what it has in common with the beginning of its prompt, and return the rest of each
+        prompt, one token at least, to ``prefill``.
+
+        Rows go back to nothing where they cannot be cut so far, or where keys depend on the runs that made them: the
+        logits are those of the prompts from scratch. Raises InputError for prompts that the cache cannot take.
+        """
+        if len(prompts) != self.batch_size:
+            raise InputError(f"{len(prompts)} prompts for a cache of {self.batch_size} rows")
+        if self.sources is not None:
+            raise ConfigError("a cache of an encoder-decoder answers one source each: there is no prompt to reuse")
+        arrays = [self._checked(prompt, 0) for prompt in prompts]
+        kept = [self._common(b, prompt.tolist()) for b, prompt in enumerate(arrays)]
+        self.truncate(kept)
+        return [prompt[n:] for prompt, n in zip(arrays, kept, strict=True)]
+
+    def _common(self, b: int, prompt: list[int]) -> int:
+        if self.session.bundle.path_dependent:
+            return 0
+        n = min(common_prefix(self.tokens[b], prompt), len(prompt) - 1)
+        return n if self._can_keep(b, n) else 0
+
+    def _can_keep(self, b: int, tokens: int) -> bool:
+        """Whether row b, cut back to its first tokens, would be what it was when it had but them."""
+        return tokens in (0, self.lengths[b]) or not self.session.bundle.path_dependent
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what the rows hold to a file that ``Model.load_cache`` reads: tokens in use only, in safetensors'
+        format. Raises ConfigError for an encoder-decoder, CacheFileError where the file cannot be written.
+        """
+        if self.sources is not None:
+            raise ConfigError("a cache of an encoder-decoder is over its sources and cannot be saved")
+        held = (self._held(i) for i in range(2 * self.layers))
+        saved_cache.write(path, self.session.bundle, self.tokens, held)
+
+    def restore(self, saved: saved_cache.Saved) -> None:
+        """Take what ``save`` wrote into an empty cache of as many rows. Raises InputError for more tokens than fit."""
+        lengths = np.array([len(row) for row in saved.tokens], np.int64)
+        if len(lengths) != self.batch_size or self.lengths.any():
+            raise InputError(f"{len(lengths)} saved rows for a cache of {self.batch_size} rows, which must be empty")
+        self._check_length(int(lengths.max()))
+        self._hold(lengths, saved.values())
+        self.lengths[:], self.tokens = lengths, saved.tokens
+
     def fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
         """Random keys and values in ``tokens`` slots of every row of an empty cache, for measuring: what a step costs
         does not depend on their values. Returns a function that takes the cache back to this state after steps.
@@ -197,6 +264,19 @@ class KVCache(ABC):
     @abstractmethod
     def _take_rows(self, parents: Array) -> int:
         """Keys and values of row b become those of row ``parents[b]``; there may be more rows then. Returns bytes."""
+
+    @abstractmethod
+    def _truncate(self, lengths: Array) -> None:
+        """Drop keys and values behind ``lengths``; some of them are less than what the rows hold."""
+
+    @abstractmethod
+    def _held(self, i: int) -> list[Array]:
+        """Of each row what the i-th of the past tensors holds, ``[K, tokens, D]``."""
+
+    @abstractmethod
+    def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
+        """Replace keys and values by rows of ``lengths`` tokens: past tensor after past tensor, as ``_held`` gives
+        them."""
 
     @abstractmethod
     def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:

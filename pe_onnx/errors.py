@@ -43,6 +43,12 @@ class BundleError(PeOnnxError):
     exit_code = 1
 
 
+class CacheFileError(PeOnnxError):
+    """A file of a saved cache that is missing, corrupted or of another bundle, or that cannot be written."""
+
+    exit_code = 1
+
+
 class ExportError(PeOnnxError):
     """An export that could not be finished, or whose result does not follow the graph contract."""
 

@@ -47,6 +47,7 @@ def export(
     layers: int | None = None,
     kv_heads: int | None = None,
     head_size: int | None = None,
+    window_cache: bool = False,
     force: bool = False,
     verify: bool = True,
     verbose: bool = False,
@@ -62,9 +63,11 @@ def export(
     rope_scaling: a longer context for a checkpoint that has plain RoPE, ``"yarn:factor=4"`` or a mapping with its
     ``rope_type``. follow_transformers: let keys of the checkpoint's configuration through that transformers ignores.
     target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target; a
-    module's are what it gives). verify: run the finished bundle against the module before it is put in its place.
-    Raises ConfigError, CheckpointError for what is not understood, ExportError for what cannot be finished or does not
-    compute what PyTorch computes; then nothing is written.
+    module's are what it gives). window_cache: layers with a sliding window keep a buffer of about the window in our
+    runtime; other runtimes must bind buffers of the window at least, and none that grows. verify: run the finished
+    bundle against the module before it is put in its place. Raises ConfigError, CheckpointError for what is not
+    understood, ExportError for what cannot be finished or does not compute what PyTorch computes; then nothing is
+    written.
     """
     if verify:
         with needs("the proof of an export", "'pe-onnx[cpu]', or export with --no-verify"):
@@ -73,6 +76,8 @@ def export(
     one_of("dtype", dtype, contract.DTYPES)
     given_logits, logits = logits, logits or contract.DEFAULT_LOGITS[target]
     one_of("logits", logits, contract.LOGITS)
+    if window_cache and target != "ort":
+        raise ConfigError(f"window_cache = True is for target ort; {target} has a cache that grows")
     check_output(Path(output), force)
     if isinstance(source, str | Path):
         source, model = None, source
@@ -114,6 +119,8 @@ def export(
             scaling = scalings.parse(rope_scaling) if rope_scaling else None
             path, kind = Path(model), cast(contract.Target, target)
             if is_seq2seq(path) and not scaling:
+                if window_cache:
+                    raise ConfigError("window_cache = True is for decoders; this checkpoint is an encoder-decoder")
                 exportable = seq2seq.from_checkpoint(path, kind, last_only, bool(follow_transformers))
             else:
                 exportable = from_checkpoint(path, kind, last_only, scaling, bool(follow_transformers))
@@ -131,7 +138,7 @@ def export(
         models = {  # nothing else may hold the module, whose weights are let go before the proof
             part.file: to_onnx(part, limit, target, dtype, progress) for part in parts(exportable, torch_dtype, logits)
         }
-        return write(models, exportable, Path(output), target, dtype, logits, force, verify, progress)
+        return write(models, exportable, Path(output), target, dtype, logits, force, verify, progress, window_cache)
 
 
 class FloatLogits(nn.Module):

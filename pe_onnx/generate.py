@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from pe_onnx import saved_cache
 from pe_onnx.beam_search import BeamOptions, BeamSearch, Hypothesis
 from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import KVCache, make_cache
+from pe_onnx.memory_plan import make_room
 from pe_onnx.sampling import Sampler, SamplingOptions
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
@@ -42,6 +45,8 @@ class Timing:
     """Of one ``generate`` call, in seconds and tokens over all rows."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompt tokens those that the cache held already."""
     prefill_s: float = 0.0
     new_tokens: int = 0
     decoded_tokens: int = 0
@@ -51,7 +56,12 @@ class Timing:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the model ran on, in prefill and in decode steps."""
+        return self.prompt_tokens - self.reused_tokens + self.decoded_tokens
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -100,6 +110,20 @@ class Model:
         encoded = Sources(self.encoder, self.session, sources)
         return make_cache(self.session, len(sources), max_length, chunk_tokens, encoded)
 
+    def load_cache(
+        self, path: str | PathLike[str], max_length: int | None = None, chunk_tokens: int | None = None
+    ) -> KVCache:
+        """A cache with what ``KVCache.save`` wrote, of as many rows.
+
+        Raises CacheFileError for a file that is no cache of this bundle, InputError for more tokens than fit.
+        """
+        if self.encoder is not None:
+            raise ConfigError("a cache of an encoder-decoder is over its sources; it is neither saved nor loaded")
+        with saved_cache.opened(path, self.bundle) as saved:
+            cache = self.cache(len(saved.tokens), max_length, chunk_tokens)
+            cache.restore(saved)
+        return cache
+
     def _open(self, prompts: list[list[int]], max_length: int | None) -> tuple[KVCache, list[list[int]]]:
         """A new cache for some prompts, and what it is to be prefilled with: for sources the start token."""
         if self.encoder is None:
@@ -119,7 +143,9 @@ class Model:
         stop: Sequence[str] = ...,
         stream: Stream | None = ...,
         cache: KVCache | None = ...,
+        reuse: bool = ...,
         max_length: int | None = ...,
+        max_memory_bytes: int | None = ...,
         ignore_eos: bool = ...,
         beams: None = ...,
     ) -> Generation: ...
@@ -132,6 +158,7 @@ class Model:
         sampling: SamplingOptions | None = ...,
         *,
         max_length: int | None = ...,
+        max_memory_bytes: int | None = ...,
         ignore_eos: bool = ...,
         beams: BeamOptions,
     ) -> Generation | list[Generation]: ...
@@ -146,7 +173,9 @@ class Model:
         stop: Sequence[str] = ...,
         stream: Stream | None = ...,
         cache: KVCache | None = ...,
+        reuse: bool = ...,
         max_length: int | None = ...,
+        max_memory_bytes: int | None = ...,
         ignore_eos: bool = ...,
         beams: BeamOptions | None = ...,
     ) -> list[Generation]: ...
@@ -160,7 +189,9 @@ class Model:
         stop: Sequence[str] = (),
         stream: Stream | None = None,
         cache: KVCache | None = None,
+        reuse: bool = False,
         max_length: int | None = None,
+        max_memory_bytes: int | None = None,
         ignore_eos: bool = False,
         beams: BeamOptions | None = None,
     ) -> Generation | list[Generation]:
@@ -168,10 +199,13 @@ class Model:
 
         A prompt is text, or a list of token ids. sampling: default greedy. stop: strings that end the text before
         them. cache: continue on what it holds (its batch size must be the number of prompts); afterwards it holds
-        the new tokens too, but for the last drawn. beams: search with more than one beam; each prompt then gives
-        ``num_return_sequences`` results, best first, and with more than one of them one prompt gives a list as well.
-        A search neither draws nor streams, and takes no stop strings and no cache. Raises ConfigError for options that
-        do not go together, and InputError for a prompt the model cannot take.
+        the new tokens too, but for the last drawn. reuse: the prompts are whole, as of a conversation that grows, and
+        what the cache holds of their beginnings is not computed again; where they depart, it is cut back.
+        max_memory_bytes: of the whole process; prompts run in chunks so small that it suffices (memory_plan.py). beams:
+        search with more than one beam; each prompt then gives ``num_return_sequences`` results, best first, and with
+        more than one of them one prompt gives a list as well. A search neither draws nor streams, and takes no stop
+        strings and no cache. Raises ConfigError for options that do not go together, and InputError for a prompt the
+        model cannot take, or more tokens than fit the memory.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens = {max_new_tokens} must be at least 1")
@@ -180,10 +214,12 @@ class Model:
         ends = frozenset() if ignore_eos else self.tokenizer.eos_token_ids
         if beams is not None and beams.num_beams > 1:
             _check_beams(beams, options, stop, stream, cache)
-            found = self._search(prompts, max_new_tokens, options, beams, max_length, ends)
+            found = self._search(prompts, max_new_tokens, options, beams, max_length, max_memory_bytes, ends)
             return found[0] if single and len(found) == 1 else found
         if cache is not None and max_length is not None:
             raise ConfigError(f"max_length = {max_length} is for a new cache; the one given has its own")
+        if reuse and cache is None:
+            raise ConfigError("reuse = True needs a cache, which holds what was computed; make one with Model.cache()")
         if cache is not None and self.encoder is not None:
             raise ConfigError("cache: an encoder-decoder has one for each source, which generate makes")
         sampler = Sampler(options, len(prompts))
@@ -193,10 +229,14 @@ class Model:
         first = prompts
         if cache is None:
             cache, first = self._open(prompts, max_length)
+        elif reuse:
+            first = [rest.tolist() for rest in cache.reuse(prompts)]
+            self.timing.reused_tokens = int(cache.lengths.sum())
         rows = [
             _Row([*before, *ids], len(prompt), self._text(prompt, stop))
             for before, ids, prompt in zip(cache.tokens, first, prompts, strict=False)
         ]
+        make_room(cache, max(len(row.history) for row in rows), max_new_tokens, max_memory_bytes)
         logits = np.stack(cache.prefill(first))
         self.timing.prefill_s = time.perf_counter() - begin
         begin = time.perf_counter()
@@ -231,11 +271,13 @@ class Model:
         options: SamplingOptions,
         beams: BeamOptions,
         max_length: int | None,
+        max_memory_bytes: int | None,
         ends: frozenset[int],
     ) -> list[Generation]:
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         begin = time.perf_counter()
         cache, first = self._open(prompts, max_length)
+        make_room(cache, max(map(len, first)), max_new_tokens, max_memory_bytes, beams.num_beams)
         logits = np.stack(cache.prefill(first))
         self.timing.prefill_s = time.perf_counter() - begin
         begin = time.perf_counter()

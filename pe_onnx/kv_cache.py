@@ -6,7 +6,7 @@ a step writes one slot. ``GrowingCache`` serves the ``portable`` target: every s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,10 @@ __all__ = ["GrowingCache", "InPlaceCache", "KVCache", "Path", "make_cache"]
 
 FIRST_CAPACITY = 256
 """Slots of a new in-place cache; it doubles when it is full."""
+
+WINDOW_SLACK = 256
+"""Slots beyond the window, or as many again where that is less: onnxruntime moves the window to the front each time
+they are full, and so far a row can be cut back."""
 
 
 class InPlaceCache(KVCache):
@@ -35,6 +39,7 @@ class InPlaceCache(KVCache):
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens, sources)
         self.capacity = 0
+        self.windows = session.bundle.windows
         self.buffers: list[DeviceArray] = []
         self.reserve(min(FIRST_CAPACITY, self.max_length or FIRST_CAPACITY))
 
@@ -43,24 +48,40 @@ class InPlaceCache(KVCache):
         return sum(buffer.host.nbytes for buffer in self.buffers)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` a row, at least doubling, so that growth copies each token about once."""
+        """Make room for ``tokens`` a row: exactly of an empty cache, else at least doubling, so that growth copies each
+        token about once."""
         if tokens <= self.capacity:
             return
-        capacity = max(tokens, 2 * self.capacity)
+        capacity = max(tokens, 2 * self.capacity) if self.lengths.any() else tokens
         if self.max_length is not None:
             capacity = min(capacity, max(tokens, self.max_length))
         self._allocate(np.arange(self.batch_size), capacity)
+
+    def _slots(self, layer: int, capacity: int) -> int:
+        """Of a layer's buffers."""
+        return ring_slots(self.windows[layer]) if self.windows[layer] else capacity
+
+    def _resident(self, layer: int, tokens: int) -> int:
+        """Of a row of so many tokens those that a layer holds, from its first slot on (passes/window_cache.py)."""
+        slots, window = self._slots(layer, tokens), self.windows[layer]
+        if tokens <= slots:
+            return tokens
+        freed = slots - window + 1
+        return tokens - freed * -(-(tokens - slots) // freed)
 
     def _allocate(self, parents: Array, capacity: int) -> None:
         """New buffers of ``capacity`` slots, row b with what row ``parents[b]`` holds, and all bound."""
         B, caches = len(parents), self.session.bundle.caches
         for i in range(2 * self.layers):  # one buffer at a time: never two whole caches
             K, D = caches[i // 2]
-            grown = self.session.array((B, K, capacity, D), self.session.bundle.cache_dtype)
+            if self.windows[i // 2] and self.capacity and np.array_equal(parents, np.arange(self.batch_size)):
+                continue  # it does not grow
+            grown = self.session.array((B, K, self._slots(i // 2, capacity), D), self.session.bundle.cache_dtype)
             if self.lengths.any():
                 held = self.buffers[i].download()
                 for b, parent in enumerate(parents):
-                    grown.host[b, :, : self.lengths[parent]] = held[parent, :, : self.lengths[parent]]
+                    n = self._resident(i // 2, int(self.lengths[parent]))
+                    grown.host[b, :, :n] = held[parent, :, :n]
                 grown.upload()
             if i < len(self.buffers):
                 self.buffers[i] = grown
@@ -82,9 +103,9 @@ class InPlaceCache(KVCache):
 
     def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
         self.reserve(tokens)
-        for buffer in self.buffers:
-            _, K, _, D = buffer.shape
-            buffer.host[:, :, :tokens] = rng.standard_normal((K, tokens, D), np.float32)
+        for i, buffer in enumerate(self.buffers):
+            (_, K, _, D), n = buffer.shape, self._resident(i // 2, tokens)
+            buffer.host[:, :, :n] = rng.standard_normal((K, n, D), np.float32)
             buffer.upload()
         return lambda: None  # a step writes behind them
 
@@ -92,8 +113,51 @@ class InPlaceCache(KVCache):
         if len(parents) != self.batch_size:
             self._allocate(parents, self.capacity)
             return self.nbytes
-        slots = {b: slice(self._first_difference(b, p), self.lengths[p]) for b, p in enumerate(parents) if b != p}
-        return reorder_rows(self.buffers, parents.tolist(), slots) if slots else 0
+        first = {b: self._first_difference(b, p) for b, p in enumerate(parents) if b != p}
+        moved = 0
+        for window in set(self.windows) if first else ():
+            layers = [layer for layer in range(self.layers) if self.windows[layer] == window]
+            slots = {b: self._slots_from(layers[0], b, parents[b], token) for b, token in first.items()}
+            buffers = [self.buffers[i] for layer in layers for i in (2 * layer, 2 * layer + 1)]
+            moved += reorder_rows(buffers, parents.tolist(), slots)
+        return moved
+
+    def _slots_from(self, layer: int, b: int, parent: int, token: int) -> slice:
+        """Those of ``parent`` that hold its tokens from ``token`` on, or all where b holds others in the same slots."""
+        resident = self._resident(layer, int(self.lengths[parent]))
+        if self.windows[layer] and self.lengths[b] != self.lengths[parent]:
+            return slice(0, resident)
+        return slice(max(token - (int(self.lengths[parent]) - resident), 0), resident)
+
+    def _can_keep(self, b: int, tokens: int) -> bool:
+        held = int(self.lengths[b])
+        gone = ((held - self._resident(layer, held), window) for layer, window in enumerate(self.windows) if window)
+        return super()._can_keep(b, tokens) and all(
+            tokens == 0 or first <= max(tokens - window + 1, 0) for first, window in gone
+        )
+
+    def _truncate(self, lengths: Array) -> None:
+        # slots behind a row's length are never read, and the next token overwrites the first of them
+        for layer, window in enumerate(self.windows):
+            for b, (n, held) in enumerate(zip(lengths.tolist(), self.lengths.tolist(), strict=True)):
+                before, after = (t - self._resident(layer, t) for t in (held, n))  # the first token's position
+                for buffer in self.buffers[2 * layer : 2 * layer + 2] if window and before > after and n else ():
+                    row = buffer.download()[b]
+                    row[:, before - after : n - after] = row[:, : n - before].copy()
+                    buffer.upload()
+
+    def _held(self, i: int) -> list[Array]:
+        held = self.buffers[i].download()
+        return [held[b, :, : self._resident(i // 2, n)] for b, n in enumerate(self.lengths.tolist())]
+
+    def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
+        self.reserve(int(lengths.max()))
+        for i, (buffer, rows) in enumerate(zip(self.buffers, held, strict=True)):
+            for b, (row, n) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+                resident = self._resident(i // 2, n)
+                kept = min(row.shape[1], resident)  # of a window that was cut back there may be more, or fewer
+                buffer.host[b, :, resident - kept : resident] = row[:, row.shape[1] - kept :]
+            buffer.upload()
 
     def _first_difference(self, a: int, b: int) -> int:
         """The slot up to which two rows hold the same keys and values."""
@@ -122,7 +186,8 @@ class InPlaceCache(KVCache):
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]:
         longest = max(row.size for row in rows)
         self.reserve(int(max(length + row.size for length, row in zip(self.lengths, rows, strict=True))))
-        if not self.lengths.any() and longest <= self.chunk_tokens:
+        ragged = len(rows) > 1 and any(self.windows)  # which a buffer of the window refuses
+        if not self.lengths.any() and longest <= self.chunk_tokens and not ragged:
             sizes = np.array([row.size for row in rows])
             ids = np.zeros((len(rows), longest), np.int64)
             for b, row in enumerate(rows):
@@ -134,12 +199,12 @@ class InPlaceCache(KVCache):
             return [logits[b, :n] if all_logits else logits[b, n - 1] for b, n in enumerate(sizes)]
         result = []
         for b, row in enumerate(rows):  # several tokens on a filled cache: one row at a time
-            parts = []
+            parts: list[Array] = []
             while row.size:
                 chunk, row = np.split(row, [self._chunk_after(int(self.lengths[b]))])
                 logits = self._run(chunk[None], b, self.lengths[b : b + 1] + chunk.size)
                 self.lengths[b] += chunk.size
-                parts.append(logits[0] if all_logits else logits[0, -1:])
+                parts = [*parts, logits[0]] if all_logits else [logits[0, -1:].copy()]
             result.append(np.concatenate(parts) if all_logits else parts[-1][0])
         return result
 
@@ -168,7 +233,16 @@ class InPlaceCache(KVCache):
         self._run_bound(binding, row, b)
         return logits.download()
 
+    def _decode_moving(self, ids: Array, moving: Array) -> Array:
+        """Rows that rest are left out: a token on top, taken back, would push others out of a window."""
+        for b in np.flatnonzero(moving).tolist():
+            self._logits.host[b] = self._run(ids[b : b + 1, None], b, self.lengths[b : b + 1] + 1)[0, -1:]
+        return self._logits.host[:, 0]
+
     def _decode(self, ids: Array, moving: Array) -> Array:
+        if any(self.windows) and not moving.all():
+            self.reserve(int(self.lengths.max(where=moving, initial=0)) + 1)
+            return self._decode_moving(ids, moving)
         # a row that does not move overwrites the slot behind its last token; where none is left, its last token again
         hard = self.session.bundle.max_length
         positions, lengths = self.lengths, self.lengths + 1
@@ -233,6 +307,26 @@ class GrowingCache(KVCache):
             self._past[i].update_inplace(rows)
         return self.nbytes
 
+    def _truncate(self, lengths: Array) -> None:
+        cut = ([row[:, :n] for row, n in zip(self._held(i), lengths, strict=True)] for i in range(2 * self.layers))
+        self._hold(lengths, cut)
+
+    def _held(self, i: int) -> list[Array]:
+        return [row[:, valid] for row, valid in zip(self._past[i].numpy(), self.mask != 0, strict=True)]
+
+    def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
+        longest = int(lengths.max())
+        past: list[Any] = []
+        for old, rows in zip(self._past, held, strict=True):
+            _, K, _, D = old.shape()
+            padded = np.zeros((self.batch_size, K, longest, D), self.session.bundle.cache_dtype)
+            for row, values, n in zip(padded, rows, lengths, strict=True):
+                row[:, longest - n :] = values
+            past.append(self.session.empty(padded.shape, padded.dtype))
+            past[-1].update_inplace(padded)
+        self._past = past
+        self.mask = (np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)
+
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]:
         longest = max(row.size for row in rows)
         ids = np.zeros((len(rows), longest), np.int64)
@@ -240,12 +334,13 @@ class GrowingCache(KVCache):
         for b, row in enumerate(rows):
             ids[b, longest - row.size :] = row
             valid[b, longest - row.size :] = 1
-        parts, begin = [], 0
+        parts: list[Array] = []
+        begin = 0
         while begin < longest:
             end = begin + self._chunk_after(self.mask.shape[1], len(rows))
             logits = self.run(ids[:, begin:end], valid[:, begin:end])
             begin = end
-            parts.append(logits if all_logits else logits[:, -1:])
+            parts = [*parts, logits] if all_logits else [logits[:, -1:].copy()]
         if all_logits:
             whole = np.concatenate(parts, 1)
             return [whole[b, longest - row.size :] for b, row in enumerate(rows)]
@@ -280,6 +375,11 @@ class GrowingCache(KVCache):
             self.sources.ran(0, len(ids))
         logits, *self._past = binding.get_outputs()[: 1 + len(self.present_names)]
         return logits.numpy()
+
+
+def ring_slots(window: int) -> int:
+    """Of the buffers of a layer that keeps its window alone."""
+    return window + min(window, WINDOW_SLACK)
 
 
 def make_cache(

@@ -107,6 +107,7 @@ class Replay:
         layers = len(caches)
         self.names = list(zip(contract.past_names(layers, part), contract.present_names(layers, part), strict=True))
         self.slots = max((f.inputs["attention_mask"].shape[1] for f in feeds), default=0) if self.compact else 0
+        self.slots = max(self.slots, *bundle.windows, 0)  # fewer a layer with a window refuses
         sizes = [(batch_size, K, self.slots, D) for K, D in caches for _ in range(2)]
         self.dtypes = (np.dtype(bundle.cache_dtype), np.dtype(np.float32))
         self.empty = [

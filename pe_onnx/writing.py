@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pe_onnx import contract
-from pe_onnx.bundle import DECODER, FORMAT, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
-from pe_onnx.errors import needs
+from pe_onnx.bundle import DECODER, FORMAT, MODEL, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
+from pe_onnx.errors import ConfigError, needs
 from pe_onnx.machine import versions
 
 with needs("export", "'pe-onnx[export]'"):
@@ -21,6 +21,7 @@ with needs("export", "'pe-onnx[export]'"):
 
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.passes.quantized_weights import storage_of
+from pe_onnx.passes.window_cache import WindowCache
 from pe_onnx.tracing import Progress
 
 EMBED_BELOW_BYTES = 1 << 20
@@ -44,6 +45,7 @@ def write(
     force: bool,
     verify: bool,
     progress: Progress,
+    window_cache: bool = False,
 ) -> Bundle:
     """models: by file name."""
     manifest = _manifest(models, exportable, target, dtype, logits)
@@ -74,6 +76,8 @@ def write(
             from pe_onnx.verification import verify as run_proof  # needs onnxruntime
 
             manifest["proof"] = run_proof(Bundle(folder, manifest), exportable.proof)
+        if window_cache:
+            manifest["model"]["windows"] = _cut_to_windows(folder / MODEL, len(exportable.caches))
     return read_bundle(output, verify=False)
 
 
@@ -117,6 +121,17 @@ def _same_bytes(tensor: ir.ExternalTensor, value: ir.Value) -> ir.ExternalTensor
         name=value.name or "",
         base_dir=tensor.base_dir,
     )
+
+
+def _cut_to_windows(path: Path, layers: int) -> list[int]:
+    """Set WindowCache in a graph that was written, and proven with a cache that grows; each layer's window."""
+    windowed = WindowCache(layers)
+    model = ir.load(path)
+    windowed(model)
+    if not any(windowed.windows):
+        raise ConfigError("window_cache = True, and no layer of this model has a sliding window; export it without")
+    ir.save(model, path)
+    return windowed.windows
 
 
 def _write_merged(folder: Path, e: Exportable) -> None:
@@ -200,7 +215,10 @@ def described(models: Mapping[str, ir.Model]) -> dict[str, Any]:
 
 
 def _score_heads(node: ir.Node) -> int:
-    """H of a tensor [H, T, S] at fused attention: a bias, or the scores that a soft-cap or sinks have materialised."""
+    """H of a tensor [H, T, S]: at fused attention a bias, or the scores that a soft-cap or sinks have materialised; at
+    the portable target's the scores."""
+    if node.op_type == "MaskedAttention":
+        return node.attributes.get_int("num_heads", 0)
     if node.op_type != "CachedAttention":
         return 0
     fused = not any(node.inputs[7:]) and not node.attributes.get_float("softcap")

@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer
 
 import pe_onnx
 from pe_onnx.beam_search import BeamOptions
+from pe_onnx.errors import ConfigError
 from pe_onnx.generate import Generation, Model
 from pe_onnx.sampling import SamplingOptions
 
@@ -116,6 +117,7 @@ def test_token_ids_where_there_is_no_tokenizer(cli: Cli, without_tokenizer: Path
         (["--chat"], ["--chat", "encoder-decoder"]),
         (["hi", "--chat", "--system", "be brief"], ["--chat", "encoder-decoder"]),
         (["hi", "--echo"], ["--echo", "encoder-decoder"]),
+        (["hi", "--save-cache", "c"], ["--save-cache", "encoder-decoder"]),
         (["--tokens", "5,6", "--echo"], ["--echo", "encoder-decoder"]),
         (["--tokens", "5,384"], ["384", "0..383"]),
         (["hi", "--tokens", "5"], ["--tokens"]),
@@ -131,3 +133,13 @@ def test_what_does_not_go_together(args: list[str], words: list[str], cli: Cli, 
 
 def test_text_without_a_tokenizer(cli: Cli, without_tokenizer: Path) -> None:
     refused(cli("generate", without_tokenizer, "hi"), 2, "no tokenizer", "--tokens")
+
+
+def test_a_cache_is_neither_saved_nor_reused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither saved nor loaded"):
+        model.load_cache(tmp_path / "c")
+    cache = model.cache(sources=[[5, 6]])
+    with pytest.raises(ConfigError, match="cannot be saved"):
+        cache.save(tmp_path / "c")
+    with pytest.raises(ConfigError, match="no prompt to reuse"):
+        cache.reuse([[1]])

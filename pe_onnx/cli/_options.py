@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,15 @@ def parse_share(text: str, where: str) -> float:
         return suite.parse_share(text)
     except ValueError:
         raise ConfigError(f"{where} = {text!r} must be {suite.SHARE}") from None
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """``512MB`` to 512,000,000; kB, MB, GB and, in powers of 1024, KiB, MiB, GiB. Raises ConfigError."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    if found is None or found[2] not in units or not (count := int(float(found[1]) * units[found[2]])):
+        raise ConfigError(f"{where} = {text!r} must be a size above 0, as in 512MB or 2GiB")
+    return count
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 @click.option("--block", type=int, metavar="N", help="With --bits: weights that share a scale.")
 @click.option("--cache", metavar="int8", help="Keys and values in int8, as pe-onnx quantize has them.")
 @click.option("--logits", metavar="last|all", help="Of each row's last token or of all. [last for ort, else all]")
+@click.option("--window-cache", is_flag=True, help="Layers with a sliding window keep the window, not all tokens.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof of the finished bundle; the manifest says so.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the PyTorch exporter says.")
@@ -48,6 +49,7 @@ def command(
     block: int | None,
     cache: str | None,
     logits: str | None,
+    window_cache: bool,
     force: bool,
     no_verify: bool,
     verbose: bool,
@@ -91,6 +93,7 @@ def command(
             target=target,
             dtype=dtype,
             logits=logits,
+            window_cache=window_cache,
             force=force,
             verify=not no_verify,
             verbose=verbose,

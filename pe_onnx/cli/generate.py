@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
+from pe_onnx.cli._options import bundle_argument, json_option, parse_bytes, print_json, provider_option, threads_option
 
 if TYPE_CHECKING:
     from pe_onnx.generate import Model, Timing
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 @click.option("--tokens", metavar="ID,ID,...", help="A prompt of token ids.")
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--max-length", type=int, metavar="N", help="Tokens of a row at most. [the trained length]")
+@click.option("--max-memory", metavar="SIZE", help="Of the whole process, as 512MB; prompts run in chunks that fit.")
+@click.option("--save-cache", metavar="FILE", help="Keep what was computed; --load-cache goes on from there.")
+@click.option("--load-cache", metavar="FILE", help="Compute only what FILE does not hold of the prompt's beginning.")
 @click.option("--no-verify", is_flag=True, help="Do not check the files' checksums first.")
 @provider_option
 @threads_option
@@ -66,6 +69,9 @@ def command(
     tokens: str | None,
     echo: bool,
     max_length: int | None,
+    max_memory: str | None,
+    save_cache: str | None,
+    load_cache: str | None,
     no_verify: bool,
     provider: str,
     threads: int,
@@ -79,6 +85,7 @@ def command(
     from pe_onnx.beam_search import BeamOptions
     from pe_onnx.generate import load
     from pe_onnx.sampling import SamplingOptions
+    from pe_onnx.saved_cache import check_writable
 
     sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     early: Any = {"true": True, "false": False}.get(early_stopping, early_stopping)
@@ -94,15 +101,29 @@ def command(
     interactive = chat and not prompts and sys.stdin.isatty()
     if interactive and beams > 1:
         raise click.UsageError("--beams needs a prompt: a conversation streams")
+    budget = parse_bytes(max_memory, "--max-memory") if max_memory is not None else None
+    if beams > 1 and (save_cache or load_cache):
+        raise click.UsageError(f"{'--save-cache' if save_cache else '--load-cache'} is not for --beams")
+    if save_cache:
+        check_writable(save_cache)
     model = load(bundle, provider, threads, verify=not no_verify)
-    if model.encoder is not None and (chat or echo):
-        raise click.UsageError(
-            f"{'--chat' if chat else '--echo'} is for a decoder; an encoder-decoder answers its source, give that alone"
-        )
+    for option, given in (
+        ("--chat", chat),
+        ("--echo", echo),
+        ("--max-memory", max_memory),
+        ("--save-cache", save_cache),
+        ("--load-cache", load_cache),
+    ):
+        if model.encoder is not None and given:
+            raise click.UsageError(f"{option} is for a decoder; an encoder-decoder answers its source, give that alone")
     if not prompts and tokens is None and not interactive:
         prompts = (_read_stdin(),)
+    cache = model.load_cache(load_cache, max_length) if load_cache else None
     if interactive:
-        _converse(model, system, sampling, max_new_tokens, stop, max_length)
+        cache = cache or model.cache(1, max_length)
+        _converse(model, system, sampling, max_new_tokens, stop, cache, budget)
+        if save_cache:
+            cache.save(save_cache)
         return
     if tokens is not None:
         batch: list[list[int]] = [_token_ids(tokens)]
@@ -110,6 +131,8 @@ def command(
         batch = [_chat_tokens(model, _messages(system, prompt)) for prompt in prompts]
     else:
         batch = [model.tokenizer.encode(prompt) for prompt in prompts]
+    if save_cache and cache is None:
+        cache = model.cache(len(batch), max_length)
     streaming = len(batch) == 1 and not as_json and beams == 1
 
     def write(row: int, piece: str) -> None:
@@ -123,10 +146,15 @@ def command(
         sampling,
         stop=stop,
         stream=write if streaming else None,
-        max_length=max_length,
+        cache=cache,
+        reuse=cache is not None,
+        max_length=max_length if cache is None else None,
+        max_memory_bytes=budget,
         ignore_eos=ignore_eos,
         beams=search,
     )
+    if save_cache and cache is not None:
+        cache.save(save_cache)
     if as_json:
         timing = model.timing
         print_json({"generations": [vars(r) for r in results], "timing": vars(timing)})
@@ -147,7 +175,8 @@ def command(
 
 def _report(t: Timing) -> None:
     click.echo(
-        f"[{t.prompt_tokens} prompt tokens at {t.prefill_tokens_per_s:.0f}/s, "
+        f"[{t.prompt_tokens} prompt tokens{f', {t.reused_tokens} of them held,' if t.reused_tokens else ''} "
+        f"at {t.prefill_tokens_per_s:.0f}/s, "
         f"{t.new_tokens} new at {t.decode_tokens_per_s:.1f} tokens/s]",
         err=True,
     )
@@ -184,12 +213,11 @@ def _converse(
     sampling: SamplingOptions,
     max_new_tokens: int,
     stop: tuple[str, ...],
-    max_length: int | None,
+    cache: KVCache,
+    max_memory_bytes: int | None,
 ) -> None:
     """Turns until end of input; what the cache holds of the conversation is not computed again."""
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    cache: KVCache | None = None
-    held: list[int] = []
     click.echo("A conversation; end with Ctrl-D.", err=True)
     while True:
         try:
@@ -200,18 +228,16 @@ def _converse(
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        tokens = _chat_tokens(model, messages)
-        if cache is None or tokens[: len(held)] != held or len(tokens) == len(held):
-            cache, held = model.cache(1, max_length), []
         result = model.generate(
-            tokens[len(held) :],
+            _chat_tokens(model, messages),
             max_new_tokens,
             sampling,
             stop=stop,
             stream=lambda row, piece: click.echo(piece, nl=False),
             cache=cache,
+            reuse=True,
+            max_memory_bytes=max_memory_bytes,
         )
         click.echo()
-        held = (tokens + result.tokens)[: int(cache.lengths[0])]
         messages.append({"role": "assistant", "content": result.text})
         _report(model.timing)
