@@ -78,6 +78,8 @@ class ExposedGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
+        if self.bundle.quantization is not None:  # weights of few bits are multiplied as floats then
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry(EXTERNAL_FOLDER, str(self.bundle.folder.resolve()))
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

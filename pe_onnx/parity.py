@@ -24,7 +24,7 @@ from pe_onnx.kv_cache import Path as RunPath
 from pe_onnx.parity_modes import MODES, Opener, Pair
 from pe_onnx.parity_report import Account, ModeResult, ParityReport
 from pe_onnx.session import Session
-from pe_onnx.tolerance import Tolerance, given, tolerance_for
+from pe_onnx.tolerance import Tolerance, given, tolerance_of
 
 Array = np.ndarray[Any, Any]
 Reference = Callable[[Array], Array]
@@ -87,6 +87,9 @@ def check_parity(
 
     Of an encoder-decoder rows are sources, by default of different lengths, each with ``tokens`` random tokens of the
     decoder; the reference is a checkpoint's path, transformers' model, or a ``Seq2SeqReference``.
+
+    A quantized bundle is compared with PyTorch with the bundle's rounded weights: whether they were rounded well is
+    what ``quality`` tells.
 
     Raises CheckpointError where the reference cannot be had.
     """
@@ -173,7 +176,7 @@ def prepare(
         encoder = Session(bundle, provider, threads, graph=ENCODER)
         requests = seq2seq_parity.Requests(encoder, session, arrays, compute)
         arrays = seq2seq_parity.targets(bundle, arrays, tokens, seed)
-    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
+    allowed = tolerance_of(bundle) if tolerance is None else given(tolerance)
     references = [compute if requests is None else requests.reference_of(b) for b in range(len(arrays))]
     expected = Expected(references, arrays, bundle.shape["vocab_size"])
     return Comparison(bundle, name, Caches(session, requests), arrays, expected, allowed, requests, wanted)
@@ -269,22 +272,33 @@ def _modes(bundle: Bundle, wanted: Sequence[str] | None) -> list[str]:
     return list(wanted) if wanted else modes_of(bundle)
 
 
-def resolve_reference(bundle: Bundle, reference: Any = None) -> tuple[Any, str]:
+def resolve_reference(bundle: Bundle, reference: Any = None, original: bool = False) -> tuple[Any, str]:
     """The PyTorch side as a function of token ids or of the bundle's runs, and its name; of an encoder-decoder a
-    Seq2SeqReference."""
-    from pe_onnx import reference as references
+    Seq2SeqReference.
 
+    Of a quantized bundle it computes with the bundle's rounded weights, unless ``original``: in a copy of a module
+    that is handed in, while a function is taken as it is.
+    """
+    from pe_onnx import reference as references
+    from pe_onnx.rounded_module import as_it_is, holder, of_caller
+
+    hold = as_it_is if original else holder(bundle)
+    compute, name = _resolved(bundle, reference, references, hold, of_caller)
+    return compute, name if hold is as_it_is else f"{name}, with the rounded weights"
+
+
+def _resolved(bundle: Bundle, reference: Any, references: Any, hold: Any, of_caller: Any) -> Any:
     if bundle.crossing is not None:
-        return references.seq2seq(bundle.manifest, reference)
+        return references.seq2seq(bundle.manifest, reference, hold)
     if reference is None:
-        return references.from_manifest(bundle.manifest)
+        return references.from_manifest(bundle.manifest, hold)
     if isinstance(reference, str | Path):
         scaling = bundle.manifest["source"].get("rope_scaling")
-        return references.from_checkpoint(Path(reference), scaling), f"transformers, {reference}"
+        return references.from_checkpoint(Path(reference), scaling, hold), f"transformers, {reference}"
     if bundle.manifest["source"]["kind"] == "module" and references.follows_contract(reference):
-        return references.of_contract(reference, bundle.caches), type(reference).__name__
+        return references.of_contract(of_caller(reference, hold), bundle.caches), type(reference).__name__
     if references.is_module(reference):
-        return references.from_module(reference), type(reference).__name__
+        return references.from_module(of_caller(reference, hold)), type(reference).__name__
     if callable(reference) or hasattr(reference, "follow"):
         return reference, getattr(reference, "__name__", "a function")
     raise CheckpointError(f"reference = {reference!r} must be a checkpoint's path, a module or a function")

@@ -25,6 +25,7 @@ from pe_onnx.contract import CacheShape
 from pe_onnx.models.attention import LayerCache, PlainStep
 from pe_onnx.models.decoder import Decoder
 from pe_onnx.models.exportable import PlainDecoder
+from pe_onnx.rounded_module import Hold, as_it_is, of_caller
 
 if TYPE_CHECKING:
     from pe_onnx.kv_cache import Path as RunPath
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReference, str]:
-    """The reference that a bundle's manifest names. Raises CheckpointError where it is not to be had."""
+def from_manifest(manifest: Mapping[str, Any], hold: Hold = as_it_is) -> tuple[Reference | PathReference, str]:
+    """The reference that a bundle's manifest names. hold: gives its module other weights. Raises CheckpointError where
+    it is not to be had."""
     source = manifest["source"]
     if source["kind"] == "encoding":
         config = DecoderConfig.from_dict(source["config"])
-        decoder, name = Decoder(config), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
+        decoder, name = hold(Decoder(config)), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
         if decoder.encoding.path_dependent:
             return CachedReference(lambda: plain_with_cache(decoder)), f"{name}, run by run"
         return from_module(PlainDecoder(decoder)), name
@@ -47,14 +49,16 @@ def from_manifest(manifest: Mapping[str, Any]) -> tuple[Reference | PathReferenc
         if not path.exists():
             raise CheckpointError(f"the bundle's checkpoint {path} is gone; name it with --reference")
         scaling = source.get("rope_scaling")
-        return from_checkpoint(path, scaling), f"transformers, {path}{_scaled(scaling)}"
+        return from_checkpoint(path, scaling, hold), f"transformers, {path}{_scaled(scaling)}"
     raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
 
 
-def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Reference | PathReference:
+def from_checkpoint(
+    path: Path, scaling: Mapping[str, Any] | None = None, hold: Hold = as_it_is
+) -> Reference | PathReference:
     """transformers' own model with its own attention, and its own cache where frequencies switch.
 
-    scaling: the ``--rope-scaling`` that the bundle was exported with.
+    scaling: the ``--rope-scaling`` that the bundle was exported with. hold: gives the model other weights.
     """
     from pe_onnx.exporter import silenced
 
@@ -67,7 +71,7 @@ def from_checkpoint(path: Path, scaling: Mapping[str, Any] | None = None) -> Ref
         from pe_onnx.models.observed import observe
 
     with silenced():
-        model = load_model(path, config=resolve(path, scaling)[0])
+        model = hold(load_model(path, config=resolve(path, scaling)[0]))
         model.config._attn_implementation = untouched_attention(model)
     if not switches.thresholds(model):
         takes = takes_positions(model)
@@ -230,8 +234,11 @@ class TransformersSeq2Seq:
         return new[:stop], float(made.sequences_scores[0])
 
 
-def seq2seq(manifest: Mapping[str, Any], reference: Any = None) -> tuple[Any, str]:
-    """The reference of an encoder-decoder, and its name. Raises CheckpointError where it is not to be had."""
+def seq2seq(manifest: Mapping[str, Any], reference: Any = None, hold: Hold = as_it_is) -> tuple[Any, str]:
+    """The reference of an encoder-decoder, and its name. hold: gives its model other weights.
+
+    Raises CheckpointError where it is not to be had.
+    """
     if reference is None:
         reference = Path(manifest["source"]["path"])
         if not reference.exists():
@@ -242,9 +249,9 @@ def seq2seq(manifest: Mapping[str, Any], reference: Any = None) -> tuple[Any, st
         with needs("a checkpoint", "'pe-onnx[export]'"):
             from pe_onnx.models.checkpoint import load_model
         with silenced():
-            return TransformersSeq2Seq(load_model(Path(reference))), f"transformers, {reference}"
+            return TransformersSeq2Seq(hold(load_model(Path(reference)))), f"transformers, {reference}"
     if is_module(reference):
-        return TransformersSeq2Seq(reference), type(reference).__name__
+        return TransformersSeq2Seq(of_caller(reference, hold)), type(reference).__name__
     if hasattr(reference, "encode") and hasattr(reference, "decode"):
         return reference, type(reference).__name__
     raise CheckpointError(

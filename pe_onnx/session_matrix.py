@@ -23,7 +23,7 @@ from pe_onnx.kv_cache import make_cache
 from pe_onnx.plain_values import plain
 from pe_onnx.session import LEVELS, PROVIDERS, RECORD_PLACEMENT, PlacedNode, Session, resolve_provider
 from pe_onnx.sources import Sources
-from pe_onnx.tolerance import Tolerance, given, tolerance_for
+from pe_onnx.tolerance import Tolerance, given, tolerance_of
 
 Array = np.ndarray[Any, Any]
 
@@ -154,7 +154,7 @@ def compare_sessions(
         raise ConfigError("a session matrix needs at least one provider and one number of threads")
     wanted = settings(providers, threads)
     arrays = _rows(bundle, rows, seed)
-    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
+    allowed = tolerance_of(bundle) if tolerance is None else given(tolerance)
     logits, fallbacks = [], []
     for setting in wanted:
         values, fallen = _measure(bundle, setting, arrays, seed)

@@ -6,6 +6,7 @@ bridge, or the module that was exported. Weights are float32 whatever the bundle
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from pe_onnx.models.exportable import Exportable, from_config
 from pe_onnx.models.parts import Part, parts
 from pe_onnx.passes.fused_projections import parts_of
 from pe_onnx.passes.scoped_names import scoped_names
+from pe_onnx.rounded_module import holder
 from pe_onnx.tracing import to_program
 
 Array = np.ndarray[Any, Any]
@@ -50,6 +52,8 @@ def rebuild(bundle: Bundle, reference: Any = None) -> Exportable:
                 f"exported, with past_key_values"
             )
         K, D = bundle.caches[0]
+        if bundle.quantization is not None:
+            reference = copy.deepcopy(reference)  # whose weights are to be rounded
         return from_module(reference, len(bundle.caches), K, D)[0]
     if not isinstance(reference, str | Path):
         reference = None
@@ -166,5 +170,6 @@ def of_graph(bundle: Bundle, file: str, reference: Any = None) -> Twin:
     """The twin of one of the bundle's graphs; reference as of ``rebuild``."""
     with silenced():
         exportable = rebuild(bundle, reference)
+    holder(bundle)(exportable.module)
     part = next(part for part in parts(exportable, torch.float32, bundle.logits) if part.file == file)
     return Twin(part, exportable.max_length)

@@ -39,7 +39,7 @@ LAYERS = [
     ("bench_report", "baselines"),
     ("bench_tables",),
     ("exposed", "divergence"),
-    ("angles", "session_matrix"),
+    ("angles", "session_matrix", "rounded_module"),
     ("reference", "parity_modes", "parity_report"),
     ("twin",),
     ("replay", "blame"),
