@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ WARM_SERVER = """
 import json, os, sys, tempfile, traceback
 import pe_onnx.exporter, pe_onnx.models.bridge, pe_onnx.parity, pe_onnx.reference, transformers
 from pe_onnx.cli import main
+from torch.onnx._internal.exporter import _compat
+import exporter_tables
+exporter_tables.keep(filled=True)
 for line in sys.stdin:
     folder, args = json.loads(line)
     files = [tempfile.TemporaryFile() for _ in range(2)]
@@ -47,8 +51,10 @@ for line in sys.stdin:
 @contextmanager
 def warm_process() -> Iterator[Cli]:
     """Runs each command line in a process of its own, forked from one that has loaded PyTorch."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with subprocess.Popen(
-        [sys.executable, "-c", WARM_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WARM_SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
 
         def run(*args: object, cwd: Path) -> Result:

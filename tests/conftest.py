@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ pytest.register_assert_rewrite("command_line", "small_bundle")  # before a test 
 Result = subprocess.CompletedProcess[str]
 Cli = Callable[..., Result]
 Bundles = Callable[..., Path]
+Shared = Callable[[object, Callable[[Path], object]], Path]
 
 
 LONG = (
@@ -33,6 +37,12 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_runtest_setup() -> None:
+    import exporter_tables
+
+    exporter_tables.keep()
 
 
 @pytest.fixture(scope="session")
@@ -95,20 +105,38 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """``shared(key, make)``: the folder that ``make(folder)`` fills at the first call of the run's workers. Only to be
+    read."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def get(key: object, make: Callable[[Path], object]) -> Path:
+        folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                partial = folder.with_suffix(f".{os.getpid()}")
+                shutil.rmtree(partial, ignore_errors=True)  # of a test that failed
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundles(shared: Shared) -> Bundles:
     """``bundles("rope", "ort", preset="tiny", dtype="fp32", ...)``: the folder, exported at the first call."""
-    import pe_onnx
 
-    made: dict[str, Path] = {}
-    root = tmp_path_factory.mktemp("bundles")
+    def get(encoding: str, target: str = "ort", **options: Any) -> Path:
+        def make(folder: Path) -> None:
+            import pe_onnx
 
-    def get(encoding: str, target: str = "ort", **options: object) -> Path:
-        key = repr((encoding, target, sorted(options.items(), key=str)))
-        if key not in made:
-            folder = root / str(len(made))
             pe_onnx.export(encoding=encoding, output=folder, target=target, **options)
-            made[key] = folder
-        return made[key]
+
+        return shared((encoding, target, sorted(options.items(), key=str)), make)
 
     return get
 

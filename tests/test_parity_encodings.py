@@ -58,8 +58,16 @@ def folder(bundles: Bundles, name: str, target: str = "ort") -> Path:
     return bundles(name, target, **options)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ENCODINGS)
+FAST = {"rope_dynamic", "rope_nope", "xpos", "alibi_falcon", "t5_bias_per_layer", "fire", "learned_offset"}
+"""On the second target too, one of each kind; the others there are a sweep."""
+CASES = [
+    pytest.param(name, target, marks=() if target == "ort" or name in FAST else pytest.mark.slow)
+    for name in ENCODINGS
+    for target in TARGETS
+]
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_every_mode_agrees_with_pytorch(bundles: Bundles, name: str, target: str) -> None:
     report = check_parity(folder(bundles, name, target), threads=1)
     expected = [mode for mode in (*MODES, GREEDY) if target == "portable" or not mode.endswith("_padding")]

@@ -66,7 +66,9 @@ def logits(model: PreTrainedModel, ids: np.ndarray[Any, Any]) -> np.ndarray[Any,
     return model(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
-@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("dynamic", "yarn") else pytest.mark.slow) for kind in SCALINGS]
+)
 def test_scaled_logits_are_those_of_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
     option, rope, grows = SCALINGS[kind]
     bundle = pe_onnx.export(model=folder, output=tmp_path / "b", rope_scaling=option, target="portable", verify=False)

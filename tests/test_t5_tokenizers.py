@@ -153,7 +153,7 @@ def test_unigram_text_is_that_of_transformers(
     assert not any(text.startswith(" ") or "<" in text for text in texts)
 
 
-@pytest.mark.parametrize("ends", [1, [1, 40]])
+@pytest.mark.parametrize("ends", [pytest.param(1, marks=pytest.mark.slow), [1, 40]])
 def test_end_tokens_are_those_of_the_configuration(ends: int | list[int], tmp_path: Path) -> None:
     reference = t5_models.build("flan_untied", seed=1)
     first = reference.generate(torch.tensor([[5, 9, 1]]), max_new_tokens=8)[0, 1:].tolist()
@@ -180,6 +180,7 @@ def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path, mo
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_token_ids_do(tmp_path: Path) -> None:
     t5_models.write(tmp_path / "c", "flan_untied")
     pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b", target="ort", verify=False)
