@@ -77,8 +77,8 @@ def of_base(folders: dict[str, Path]) -> Callable[[str], list[Mutation]]:
 @pytest.mark.parametrize(
     ("base", "most"),
     [
-        *((base, i % 2) for i, base in enumerate(BASES)),
-        *(pytest.param(base, COUNT, marks=pytest.mark.slow) for base in BASES),
+        *((name, i % 2) for i, name in enumerate(BASES)),
+        *(pytest.param(name, COUNT, marks=pytest.mark.slow) for name in BASES),
     ],
 )
 def test_a_mutation_is_exported_exactly_or_refused_by_name(

@@ -40,8 +40,7 @@ FIRST = {pair for i, pair in enumerate(PAIRS) if i % 4 in (0, 3)}
 PLAIN = {
     name for name, (_, options) in VARIANTS.items() if options in ({}, rope("default")) or options.get("rope_scaling")
 }
-"""On one target alone: what they differ in from others, their family's code or a spelling, no target knows of; and
-test_sweep.py exports each family too."""
+"""On one target alone: what they differ in from others, their family's code or a spelling, no target knows of."""
 FAST = {
     *("llama", "llama_dynamic_old", "llama_yarn_truncate", "llama_longrope", "qwen2_window", "gemma2", "gemma3_text"),
     *("phi", "smollm3", "llama4_text", "cohere", "gpt_oss", "gpt2_inverse", "opt_350m", "xglm", "mpt_six_heads"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import t5_models
 import torch
+from conftest import Bundles
 from transformers import ByT5Tokenizer, T5Tokenizer
 
 import pe_onnx
@@ -180,11 +181,8 @@ def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path, mo
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.slow
-def test_without_a_tokenizer_token_ids_do(tmp_path: Path) -> None:
-    t5_models.write(tmp_path / "c", "flan_untied")
-    pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b", target="ort", verify=False)
-    model = pe_onnx.load(tmp_path / "b")
-    assert len(model.generate([5, 6, 7], 4).tokens) == 4
+def test_without_a_tokenizer_token_ids_do(t5_bundles: Bundles) -> None:
+    model = pe_onnx.load(t5_bundles("flan_untied", "ort", eos_token_id=t5_models.ENDS))
+    assert len(model.generate([5, 6, 7], 4, ignore_eos=True).tokens) == 4
     with pytest.raises(InputError, match="no tokenizer: give token ids"):
         model.generate("text", 4)
