@@ -121,7 +121,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     root.mkdir(exist_ok=True)
 
     def get(key: object, make: Callable[[Path], object]) -> Path:
-        folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:8]
         done = folder.with_suffix(".done")
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

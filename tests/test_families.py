@@ -42,9 +42,18 @@ PLAIN = {
 }
 """On one target alone: what they differ in from others, their family's code or a spelling, no target knows of."""
 FAST = {
-    *("llama", "llama_dynamic_old", "llama_yarn_truncate", "llama_longrope", "qwen2_window", "gemma2", "gemma3_text"),
-    *("phi", "smollm3", "llama4_text", "cohere", "gpt_oss", "gpt2_inverse", "opt_350m", "xglm", "mpt_six_heads"),
-    *("falcon_new", "falcon_alibi"),
+    *(
+        "llama",
+        "llama_longrope",
+        "qwen2_window",
+        "gemma2",
+        "gemma3_text",
+        "smollm3",
+        "llama4_text",
+        "cohere",
+        "gpt_oss",
+    ),
+    *("opt_350m", "xglm", "mpt_six_heads", "falcon_new", "falcon_alibi"),
 }
 """One for each thing that a family can have."""
 assert VARIANTS.keys() >= FAST

@@ -67,7 +67,7 @@ def logits(model: PreTrainedModel, ids: np.ndarray[Any, Any]) -> np.ndarray[Any,
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in ("dynamic", "yarn") else pytest.mark.slow) for kind in SCALINGS]
+    "kind", [pytest.param(kind, marks=() if kind == "dynamic" else pytest.mark.slow) for kind in SCALINGS]
 )
 def test_scaled_logits_are_those_of_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
     option, rope, grows = SCALINGS[kind]
