@@ -29,10 +29,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow" --durations=15 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m slow --durations=15 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 families: $(READY)
 	$(BIN)/python tests/sweep.py --write

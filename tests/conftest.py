@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,19 +24,33 @@ pytest.register_assert_rewrite("command_line", "small_bundle")  # before a test 
 Result = subprocess.CompletedProcess[str]
 Cli = Callable[..., Result]
 Bundles = Callable[..., Path]
+Shared = Callable[[object, Callable[[Path], object]], Path]
 
 
 LONG = (
-    *("test_bisection", "test_session_matrix", "test_pytest_plugin", "test_bench", "test_cli_check"),
-    *("test_sweep", "test_rope_scaling", "test_real_checkpoints", "test_t5_task", "test_optimum", "test_t5"),
-    *("test_config_mutations", "test_families", "test_export_proof", "test_broken_twins", "test_encoding_config"),
-    *("test_t5_tokenizers", "test_generate", "test_bundle_killed", "test_cli_mistakes", "test_discovery"),
+    *("test_sweep", "test_families", "test_t5", "test_parity_encodings", "test_bisection", "test_real_checkpoints"),
+    *("test_broken_twins", "test_optimum", "test_config_mutations", "test_parity", "test_rope_scaling", "test_t5_task"),
+    *("test_bridge", "test_t5_tokenizers", "test_t5_cli", "test_t5_contract", "test_bridge_proof", "test_genai"),
+    *("test_families_from_disk", "test_export_proof", "test_encoding_config", "test_session_matrix", "test_bench"),
+    *("test_generate", "test_switches", "test_cli_bench", "test_cli_mistakes", "test_cli_generate", "test_properties"),
+    *("test_attribution", "test_missing_packages", "test_packaging", "test_bundle_killed", "test_discovery"),
 )
 """Files that take longest. They begin first, lest one of the workers be left alone with one of them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a million objects of PyTorch and transformers, that each collection would visit
+
+
+def pytest_runtest_setup() -> None:
+    import exporter_tables
+
+    exporter_tables.keep()
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +78,9 @@ def run(cli: Cli, warm_cli: Cli, tmp_path: Path) -> Cli:
     """A command line in an empty folder, whichever way is quick."""
 
     def either(*args: object, stdin: str | None = None) -> Result:
-        if args[0] in ("export", "parity"):
-            return warm_cli(*args, cwd=tmp_path)
-        return cli(*args, stdin=stdin, cwd=tmp_path)
+        if args[0] == "bench":
+            return cli(*args, stdin=stdin, cwd=tmp_path)
+        return warm_cli(*args, stdin=stdin or "", cwd=tmp_path)
 
     return either
 
@@ -95,20 +113,56 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """``shared(key, make)``: the folder that ``make(folder)`` fills at the first call of the run's workers. Only to be
+    read."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def get(key: object, make: Callable[[Path], object]) -> Path:
+        folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:8]
+        done = folder.with_suffix(".done")
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a test that failed
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundles(shared: Shared) -> Bundles:
     """``bundles("rope", "ort", preset="tiny", dtype="fp32", ...)``: the folder, exported at the first call."""
-    import pe_onnx
 
-    made: dict[str, Path] = {}
-    root = tmp_path_factory.mktemp("bundles")
+    def get(encoding: str, target: str = "ort", **options: Any) -> Path:
+        def make(folder: Path) -> None:
+            import pe_onnx
 
-    def get(encoding: str, target: str = "ort", **options: object) -> Path:
-        key = repr((encoding, target, sorted(options.items(), key=str)))
-        if key not in made:
-            folder = root / str(len(made))
             pe_onnx.export(encoding=encoding, output=folder, target=target, **options)
-            made[key] = folder
-        return made[key]
+
+        return shared((encoding, target, sorted(options.items(), key=str)), make)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def t5_bundles(shared: Shared) -> Bundles:
+    """``t5_bundles("umt5", "ort", vocab_size=9000, ...)``: of a variant of t5_models.py, the checkpoint beside it."""
+
+    def get(name: str, target: str = "ort", **changes: Any) -> Path:
+        def make(folder: Path) -> None:
+            import t5_models
+
+            import pe_onnx
+
+            t5_models.write(folder / "checkpoint", name, **changes)
+            pe_onnx.export(model=folder / "checkpoint", output=folder / "bundle", target=target)
+
+        return shared(("t5", name, target, sorted(changes.items())), make) / "bundle"
 
     return get
 

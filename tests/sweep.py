@@ -12,10 +12,12 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import bridged
+import exporter_tables
 import t5_models
 import tiny_models
 import torch
@@ -57,11 +59,12 @@ def encoding_of(model: Any, observed: Observed) -> str:
     return {"learned": "learned", "fixed": "sinusoidal", None: "none"}[observed.table]
 
 
-def examine(model_type: str, full: bool = True) -> dict[str, Any]:
-    """The row of a family. full: export it; else the bridge alone, which proves itself in PyTorch."""
+def examine(model_type: str, exported: Collection[str] = tuple(TARGETS)) -> dict[str, Any]:
+    """The row of a family. exported: targets on which it is exported; on others the bridge alone, which proves itself
+    in PyTorch."""
     row: dict[str, Any] = {"class": CLASSES[model_type]}
     if model_type in CROSSED:
-        return {**row, **examine_crossed(model_type, full)}
+        return {**row, **examine_crossed(model_type, exported)}
     try:
         with silenced():
             model = tiny_models.build(model_type)
@@ -73,7 +76,7 @@ def examine(model_type: str, full: bool = True) -> dict[str, Any]:
             with silenced():
                 _, observed, _ = bridge(model, target, last_only=False)
             right[target] = encoding_of(model, observed)
-            if full:
+            if target in exported:
                 error = _error(model, model_type, target)
                 if not error <= TOLERANCE:
                     return {**row, "status": "wrong", "reason": f"{target}: off by {error:.1e} of the logits' spread"}
@@ -90,13 +93,13 @@ def examine(model_type: str, full: bool = True) -> dict[str, Any]:
     return {**row, "refused": reasons} if reasons else row
 
 
-def examine_crossed(model_type: str, full: bool) -> dict[str, Any]:
+def examine_crossed(model_type: str, exported: Collection[str]) -> dict[str, Any]:
     """Of an encoder-decoder, with a decoder's parity check in the place of the families'."""
     model = t5_models.build(model_type)
     for target in TARGETS:
         with silenced():
             seq2seq.bridge(model, target, last_only=False)
-        if full:
+        if target in exported:
             with tempfile.TemporaryDirectory() as folder, silenced():
                 checkpoint, bundle = Path(folder, "checkpoint"), Path(folder, "bundle")
                 model.save_pretrained(checkpoint)
@@ -122,14 +125,17 @@ def one_line(error: Exception) -> str:
     return text if isinstance(error, PeOnnxError) else f"{type(error).__name__}: {text[:160]}"
 
 
-def sweep(full: bool = True, jobs: int = 1, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Every family's row."""
+def sweep(
+    exported: Callable[[str], Collection[str]], jobs: int = 1, names: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Every family's row. exported: the targets on which a family is exported."""
     names = names or sorted(CLASSES)
+    asked = [(name, tuple(exported(name))) for name in names]
     if jobs == 1:
-        rows = (_named(name, full) for name in names)
+        rows = map(_examine, asked)
     else:
-        pool = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=24)
-        rows = pool.imap(_full, names)
+        pool = multiprocessing.get_context("spawn").Pool(jobs, initializer=_fill_tables, maxtasksperchild=24)
+        rows = pool.imap(_examine, asked)
     result = {}
     for name, row in zip(names, rows, strict=True):
         result[name] = row
@@ -138,14 +144,16 @@ def sweep(full: bool = True, jobs: int = 1, names: list[str] | None = None) -> d
     return result
 
 
-def _named(name: str, full: bool) -> dict[str, Any]:
+def _fill_tables() -> None:
+    from torch.onnx._internal.exporter import _compat  # noqa: F401
+
+    exporter_tables.keep()
+
+
+def _examine(asked: tuple[str, tuple[str, ...]]) -> dict[str, Any]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    return examine(name, full)
-
-
-def _full(name: str) -> dict[str, Any]:
-    return _named(name, True)
+    return examine(*asked)
 
 
 def document(families: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -174,7 +182,8 @@ def main() -> None:
     if options.readme:
         write_readme()
         return
-    found = sweep(not options.fast, 1 if options.fast else options.jobs, options.names)
+    targets = () if options.fast else tuple(TARGETS)
+    found = sweep(lambda name: targets, 1 if options.fast else options.jobs, options.names)
     if options.write:
         known = json.loads(FILE.read_text())["families"] if options.names and FILE.exists() else {}
         FILE.write_text(json.dumps(document({**known, **found}), indent=1) + "\n")

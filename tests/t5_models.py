@@ -26,6 +26,8 @@ TINY: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+ENDS = [1, *range(5, 17)]
+"""So many end tokens that sources end at different steps."""
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -196,7 +196,7 @@ def test_frequencies_that_switch_are_those_of_the_run(bundles: Bundles, encoding
     assert max(short.max_ulps, long.max_ulps) < RIGHT
 
 
-@pytest.mark.parametrize("name", ["llama_yarn_factor", "gptj"])
+@pytest.mark.parametrize("name", [pytest.param("llama_yarn_factor", marks=pytest.mark.slow), "gptj"])
 def test_bridged_models(name: str, tmp_path: Path) -> None:
     """Angles in float32 as transformers makes them, and the table that GPT-J is given."""
     model_type, options = VARIANTS[name]

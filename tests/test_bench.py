@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import t5_models
 from conftest import Bundles
 
 import pe_onnx
@@ -31,13 +30,10 @@ def _one_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "LOADS", 1)
 
 
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def t5(t5_bundles: Bundles) -> Path:
     """A bundle of an encoder-decoder."""
-    root = tmp_path_factory.mktemp("t5")
-    t5_models.write(root / "checkpoint", "t5")
-    pe_onnx.export(model=root / "checkpoint", output=root / "bundle", verify=False)
-    return root / "bundle"
+    return t5_bundles("t5")
 
 
 def figures(report: BenchReport) -> Iterator[tuple[str, float]]:

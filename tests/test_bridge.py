@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ VARIANTS = {
     "gpt2_inverse": Variant("gpt2", {"scale_attn_by_inverse_layer_idx": True}, norms=0),
     "gpt2_unscaled": Variant("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": False}, {"gain": 0.7}, 0),
 }
+FAST = {
+    "ort": {"llama", "llama_yarn", "qwen2_window", "gpt2_inverse"},
+    "portable": {"llama", "llama_linear", "qwen3", "gpt2_unscaled"},
+}
+"""The others are a sweep."""
+
+
+def swept(target: str, variants: Iterable[str] = VARIANTS) -> list[Any]:
+    return [pytest.param(name, marks=() if name in FAST[target] else pytest.mark.slow) for name in variants]
+
+
+CASES = [pytest.param(*case.values, target, marks=case.marks) for target in TARGETS for case in swept(target)]
 Folders = Callable[[str], Path]
 Exported = Callable[[str, str], Path]
 
@@ -103,8 +115,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, folders: Folders) -> Expo
     return get
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_parity_in_every_mode(name: str, target: str, exported: Exported) -> None:
     report = check_parity(exported(name, target), tokens=80, tolerance=TOLERANCE)
     wrong = {mode.mode: (mode.relative_error, mode.first_difference) for mode in report.modes if not mode.passed}
@@ -112,7 +123,7 @@ def test_parity_in_every_mode(name: str, target: str, exported: Exported) -> Non
     assert len(report.modes) == (8 if target == "portable" else 5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", swept("portable"))
 def test_cached_decode_with_left_padding_is_that_of_transformers(
     name: str, folders: Folders, exported: Exported
 ) -> None:
@@ -152,7 +163,7 @@ def test_cached_decode_with_left_padding_is_that_of_transformers(
     assert np.abs(have - want).max() / want.std() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("gpt2")])
+@pytest.mark.parametrize("name", swept("ort", [name for name in VARIANTS if not name.startswith("gpt2")]))
 def test_in_place_cache_past_the_trained_length(name: str, folders: Folders, exported: Exported) -> None:
     total, prompt = TRAINED + 40, TRAINED - 6
     ids = np.random.default_rng(4).integers(3, VOCAB, total)
@@ -165,7 +176,7 @@ def test_in_place_cache_past_the_trained_length(name: str, folders: Folders, exp
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["ort", pytest.param("portable", marks=pytest.mark.slow)])
 def test_check_parity_of_a_short_trained_length(target: str, tmp_path: Path) -> None:
     """Default parity takes 160 tokens; RoPE goes on past a trained length of 32."""
     checkpoints.write(tmp_path / "c", "llama", num_hidden_layers=1, max_position_embeddings=32)
@@ -173,8 +184,7 @@ def test_check_parity_of_a_short_trained_length(target: str, tmp_path: Path) -> 
     assert check_parity(tmp_path / "b", tolerance=TOLERANCE).passed
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_exported_graph(name: str, target: str, exported: Exported) -> None:
     variant = VARIANTS[name]
     model = onnx.load(exported(name, target) / "model.onnx")
@@ -213,13 +223,13 @@ TWINS = [
     ("llama", "llama_llama3"),
     ("llama", "llama_yarn"),
     ("llama_yarn", "llama_yarn_options"),
-    ("qwen2", "qwen2_window"),
-    ("gpt2", "gpt2_inverse"),
+    ("qwen2_window", "qwen2"),
+    ("gpt2_inverse", "gpt2"),
 ]
 """A bundle of the altered configuration, and the original whose reference it must fail. Weights are the same."""
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["ort", pytest.param("portable", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("altered", "original"), TWINS)
 def test_broken_twin_fails(altered: str, original: str, target: str, folders: Folders, exported: Exported) -> None:
     assert_same_weights(folders(altered), folders(original))

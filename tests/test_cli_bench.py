@@ -120,8 +120,8 @@ BROKEN = [
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_mistake_is_one_line(
-    line: str, words: list[str], code: int, run: Cli, places: dict[str, str], tmp_path: Path
+    line: str, words: list[str], code: int, warm_cli: Cli, places: dict[str, str], tmp_path: Path
 ) -> None:
-    result = run(*(word.format_map(places) for word in shlex.split(line)))
+    result = warm_cli(*(word.format_map(places) for word in shlex.split(line)), cwd=tmp_path)
     refused(result, code, *words)
     assert snapshot(tmp_path) == {}

@@ -114,16 +114,16 @@ class Mine(PositionalEncoding):
 
 
 @pytest.mark.parametrize("target", ["ort", pytest.param("portable", marks=pytest.mark.slow)])
-def test_ten_lines_are_an_encoding(cli: Cli, tmp_path: Path, target: str) -> None:
+def test_ten_lines_are_an_encoding(warm_cli: Cli, tmp_path: Path, target: str) -> None:
     """Listed, exported, proved against PyTorch and run from the command line, with no other edit."""
     assert len([line for line in MINE.splitlines() if line]) <= 10
     (tmp_path / "own" / "encodings").mkdir(parents=True)
     (tmp_path / "own" / "encodings" / "mine.py").write_text(MINE)
-    env = {**os.environ, "PE_ONNX_PATH": str(tmp_path / "own")}
-    listed = cli("list", "--json", env=env)
+    env = {"PE_ONNX_PATH": str(tmp_path / "own")}
+    listed = warm_cli("list", "--json", cwd=tmp_path, env=env)
     assert json.loads(listed.stdout)["encodings"]["mine"].startswith("A penalty of")
     bundle = tmp_path / "bundle"
-    made = cli("export", "--encoding", "mine:strength=2", "-o", bundle, "--target", target, env=env)
+    made = warm_cli("export", "--encoding", "mine:strength=2", "-o", bundle, "--target", target, cwd=tmp_path, env=env)
     assert made.returncode == 0, made.stderr
     assert json.loads((bundle / "manifest.json").read_text())["encoding"] == {
         "name": "mine",
@@ -131,18 +131,18 @@ def test_ten_lines_are_an_encoding(cli: Cli, tmp_path: Path, target: str) -> Non
         "path_dependent": False,
         "ignored": {},
     }
-    proved = cli("parity", bundle, "--json", env=env)
+    proved = warm_cli("parity", bundle, "--json", cwd=tmp_path, env=env)
     assert proved.returncode == 0, proved.stderr
     assert json.loads(proved.stdout)["passed"]
-    generated = cli("generate", bundle, "abc", "--max-new-tokens", "4", env={**os.environ, "PE_ONNX_PATH": ""})
+    generated = warm_cli("generate", bundle, "abc", "--max-new-tokens", "4", cwd=tmp_path, env={"PE_ONNX_PATH": ""})
     assert generated.returncode == 0, generated.stderr  # the bundle itself needs no file
 
     (tmp_path / "own" / "encodings" / "mine.py").write_text(
         MINE.replace("self.strength = strength", "self.strength = 1")
     )
-    broken = cli("parity", bundle, env=env)
+    broken = warm_cli("parity", bundle, cwd=tmp_path, env=env)
     assert broken.returncode == 1, broken.stdout  # the twin that has lost its parameter
-    without = cli("parity", bundle)
+    without = warm_cli("parity", bundle, cwd=tmp_path)
     assert without.returncode == 2
     assert "unknown encoding 'mine'" in without.stderr
 

@@ -240,13 +240,13 @@ def mpt_bias(values: dict[str, Any]) -> None:
     ],
 )
 def test_what_transformers_ignores_is_refused_or_followed(
-    model_type: str, edit: Any, config: dict[str, Any], ignored: dict[str, Any], read: Read, tmp_path: Path, cli: Cli
+    model_type: str, edit: Any, config: dict[str, Any], ignored: dict[str, Any], read: Read, tmp_path: Path, run: Cli
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"nothing in {model_type} reads {next(iter(ignored))}.*--follow-transf"):
         read(model_type, edit, **config)
     assert read(model_type, edit, follow=True, **config).ignored == ignored
     export = ("export", "--model", tmp_path / "c", "-o", tmp_path / "b", "--target", "portable")
-    refused, followed = cli(*export), cli(*export, "--follow-transformers")
+    refused, followed = run(*export), run(*export, "--follow-transformers")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert followed.returncode == 0
     lines = followed.stderr.splitlines()

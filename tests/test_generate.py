@@ -98,9 +98,8 @@ def test_generation_ends_at_the_length_limit(bundles: Bundles) -> None:
     assert (len(result.tokens), result.finish_reason) == (13, "length")
 
 
-def test_a_full_row_does_not_end_the_batch(tmp_path: Path) -> None:
-    pe_onnx.export(encoding="learned", output=tmp_path / "b", config={"max_position_embeddings": 64})
-    model = pe_onnx.load(tmp_path / "b")
+def test_a_full_row_does_not_end_the_batch(bundles: Bundles) -> None:
+    model = pe_onnx.load(bundles("learned", config={"max_position_embeddings": 64}))
     long, short = model.generate([[7] * 60, [9]], 20)
     assert (len(long.tokens), long.finish_reason) == (5, "length")
     assert short.tokens == model.generate([9], 20).tokens
@@ -170,9 +169,8 @@ def test_one_prompt_and_several_beams(bundles: Bundles, target: str) -> None:
     assert model.generate("abc", 12, beams=BeamOptions(1)) == model.generate("abc", 12)
 
 
-def test_beams_end_at_the_length_limit_and_not_each_others(tmp_path: Path) -> None:
-    pe_onnx.export(encoding="learned", output=tmp_path / "b", config={"max_position_embeddings": 64})
-    model = pe_onnx.load(tmp_path / "b")
+def test_beams_end_at_the_length_limit_and_not_each_others(bundles: Bundles) -> None:
+    model = pe_onnx.load(bundles("learned", config={"max_position_embeddings": 64}))
     beams = BeamOptions(3)
     long, short = model.generate([[7] * 60, [9]], 20, beams=beams)
     assert (len(long.tokens), long.finish_reason) == (5, "length")

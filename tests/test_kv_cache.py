@@ -150,9 +150,8 @@ def test_what_a_cache_refuses(bundles: Bundles, target: str) -> None:
             model.cache(**options)
 
 
-def test_a_learned_table_is_a_hard_limit(tmp_path: Path) -> None:
-    pe_onnx.export(encoding="learned", output=tmp_path / "b", config={"max_position_embeddings": 40})
-    model = pe_onnx.load(tmp_path / "b")
+def test_a_learned_table_is_a_hard_limit(bundles: Bundles) -> None:
+    model = pe_onnx.load(bundles("learned", config={"max_position_embeddings": 40}))
     with pytest.raises(ConfigError, match="more than the 40 positions of the encoding"):
         model.cache(1, max_length=41)
     with pytest.raises(InputError, match="41 tokens are more than the 40 positions"):
@@ -163,10 +162,9 @@ def test_a_learned_table_is_a_hard_limit(tmp_path: Path) -> None:
         cache.decode([1])
 
 
-def test_a_row_that_ends_with_the_table_rests_there(tmp_path: Path) -> None:
+def test_a_row_that_ends_with_the_table_rests_there(bundles: Bundles) -> None:
     """No slot and no position beyond the table's end, while another row goes on."""
-    pe_onnx.export(encoding="learned", config={"max_position_embeddings": 40}, output=tmp_path / "b")
-    model = pe_onnx.load(tmp_path / "b")
+    model = pe_onnx.load(bundles("learned", config={"max_position_embeddings": 40}))
     cache, alone = model.cache(2), model.cache(1)
     assert isinstance(cache, InPlaceCache)
     cache.prefill([TOKENS[:40], TOKENS[50:60]])

@@ -5,7 +5,7 @@ The six basic encodings stand in ``test_parity.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,27 @@ def folder(bundles: Bundles, name: str, target: str = "ort") -> Path:
     return bundles(name, target, **options)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ENCODINGS)
+FAST = {
+    "ort": {
+        *("learned_offset", "alibi_falcon", "t5_bias_per_layer", "fire", "kerple_log", "xpos"),
+        *("rope_yarn", "rope_dynamic", "rope_longrope", "rope_two_bases", "rope_interleaved"),
+    },
+    "portable": {"alibi_falcon", "fire", "rope_dynamic", "rope_nope"},
+}
+"""One of each kind; the others are a sweep."""
+
+
+def swept(names: Iterable[str], target: str = "ort", of: Callable[[str], str] = str) -> list[Any]:
+    """of: the encoding that a name is about."""
+    return [pytest.param(name, marks=() if of(name) in FAST[target] else pytest.mark.slow) for name in names]
+
+
+CASES = [
+    pytest.param(*case.values, target, marks=case.marks) for target in TARGETS for case in swept(ENCODINGS, target)
+]
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_every_mode_agrees_with_pytorch(bundles: Bundles, name: str, target: str) -> None:
     report = check_parity(folder(bundles, name, target), threads=1)
     expected = [mode for mode in (*MODES, GREEDY) if target == "portable" or not mode.endswith("_padding")]
@@ -71,9 +90,11 @@ def test_every_mode_agrees_with_pytorch(bundles: Bundles, name: str, target: str
     assert bool(report.angles) == (name.startswith("rope") or name == "xpos")
     assert max((error.max_ulps for error in report.angles), default=0) < 1.6, report.angles
     assert {i for error in report.angles for i in error.layers} <= {0, 1}
+    said = read_bundle(folder(bundles, name, target)).manifest["encoding"]["path_dependent"]
+    assert said == (name in ("rope_dynamic", "rope_longrope"))
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODINGS if not name.startswith("learned")])
+@pytest.mark.parametrize("name", swept(name for name in ENCODINGS if not name.startswith("learned")))
 def test_past_the_trained_length(bundles: Bundles, name: str) -> None:
     """400 tokens with a trained length of 160, or 70: a prompt in chunks, then steps, in a cache that grows."""
     bundle = folder(bundles, name)
@@ -95,11 +116,6 @@ def test_256_greedy_tokens_past_every_switch(bundles: Bundles) -> None:
         path = [{0: np.array(prompt)}, *({0: np.array([token])} for token in made[:-1])]
         logits = reference.follow(path)[0][len(prompt) - 1 :]
         assert logits.argmax(-1).tolist() == made
-
-
-def test_the_manifest_says_what_depends_on_the_path(bundles: Bundles) -> None:
-    said = {name: read_bundle(folder(bundles, name)).manifest["encoding"]["path_dependent"] for name in ENCODINGS}
-    assert {name for name, dependent in said.items() if dependent} == {"rope_dynamic", "rope_longrope"}
 
 
 # --------------------------------------------------------------------------------------------------------- broken twins
@@ -172,7 +188,7 @@ TWINS: dict[str, tuple[str, Break]] = {
 }
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("twin", swept(TWINS, of=lambda twin: TWINS[twin][0]))
 def test_a_broken_twin_fails(bundles: Bundles, twin: str) -> None:
     """The bundle against a PyTorch decoder in which one thing is broken. Whole, it passes in every mode, above."""
     name, break_it = TWINS[twin]

@@ -37,7 +37,13 @@ def printed(matrix: session_matrix.SessionMatrix) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("ort", "fp32"), ("portable", "fp32"), ("ort", "fp16")])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("ort", "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("portable", "fp32"), ("ort", "fp16"))),
+    ],
+)
 def test_levels_and_threads_agree(bundles: Bundles, target: str, dtype: str) -> None:
     matrix = compare_sessions(bundles("t5_bias", target, dtype=dtype), threads=(2, 1))
     assert matrix.names == [

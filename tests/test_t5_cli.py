@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import t5_models
 from command_line import refused
-from conftest import Cli
+from conftest import Bundles, Cli
 from transformers import ByT5Tokenizer
 
 import pe_onnx
@@ -35,12 +35,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "b"
 
 
-@pytest.fixture(scope="module")
-def without_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ids")
-    t5_models.write(folder / "c", "flan_untied")
-    pe_onnx.export(model=folder / "c", output=folder / "b", target="portable", verify=False)
-    return folder / "b"
+@pytest.fixture
+def without_tokenizer(t5_bundles: Bundles) -> Path:
+    return t5_bundles("flan_untied", "portable", eos_token_id=t5_models.ENDS)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import t5_models
-
-import pe_onnx
+from conftest import Bundles
 
 LAYERS, H, D, C, V = 2, 3, 16, 48, 97
 NAMES = [f"{i}.{part}.{kind}" for i in range(LAYERS) for part in ("decoder", "encoder") for kind in ("key", "value")]
@@ -23,15 +22,10 @@ Array = np.ndarray
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def folders(t5_bundles: Bundles) -> Folders:
     """A model whose heads make up its width, and one with other heads."""
-    made = {}
-    for name, changes in {"whole": {}, "other": {"d_model": 64, "num_heads": 2, "d_kv": 24}}.items():
-        folder = tmp_path_factory.mktemp(name)
-        t5_models.write(folder / "c", "flan_untied", **changes)
-        pe_onnx.export(model=folder / "c", output=folder / "b", target="portable", verify=False)
-        made[name] = folder / "b"
-    return made
+    changes = {"whole": {"eos_token_id": t5_models.ENDS}, "other": {"d_model": 64, "num_heads": 2, "d_kv": 24}}
+    return {name: t5_bundles("flan_untied", "portable", **changed) for name, changed in changes.items()}
 
 
 def values(session: onnxruntime.InferenceSession) -> tuple[dict[str, tuple], dict[str, tuple]]:
@@ -128,6 +122,6 @@ def test_generation_config_holds_no_nulls(folders: Folders) -> None:
     assert None not in held.values()
     assert {key: held[key] for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id")} == {
         "decoder_start_token_id": 0,
-        "eos_token_id": 1,
+        "eos_token_id": t5_models.ENDS,
         "pad_token_id": 0,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import t5_models
 import torch
+from conftest import Bundles
 from transformers import ByT5Tokenizer, T5Tokenizer
 
 import pe_onnx
@@ -153,7 +154,7 @@ def test_unigram_text_is_that_of_transformers(
     assert not any(text.startswith(" ") or "<" in text for text in texts)
 
 
-@pytest.mark.parametrize("ends", [1, [1, 40]])
+@pytest.mark.parametrize("ends", [pytest.param(1, marks=pytest.mark.slow), [1, 40]])
 def test_end_tokens_are_those_of_the_configuration(ends: int | list[int], tmp_path: Path) -> None:
     reference = t5_models.build("flan_untied", seed=1)
     first = reference.generate(torch.tensor([[5, 9, 1]]), max_new_tokens=8)[0, 1:].tolist()
@@ -180,10 +181,8 @@ def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path, mo
     assert not (tmp_path / "b").exists()
 
 
-def test_without_a_tokenizer_token_ids_do(tmp_path: Path) -> None:
-    t5_models.write(tmp_path / "c", "flan_untied")
-    pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b", target="ort", verify=False)
-    model = pe_onnx.load(tmp_path / "b")
-    assert len(model.generate([5, 6, 7], 4).tokens) == 4
+def test_without_a_tokenizer_token_ids_do(t5_bundles: Bundles) -> None:
+    model = pe_onnx.load(t5_bundles("flan_untied", "ort", eos_token_id=t5_models.ENDS))
+    assert len(model.generate([5, 6, 7], 4, ignore_eos=True).tokens) == 4
     with pytest.raises(InputError, match="no tokenizer: give token ids"):
         model.generate("text", 4)

@@ -75,7 +75,7 @@ def test_xpos_ends_where_its_factors_leave_the_dtype() -> None:
             assert sizes.min() > least * 10
 
 
-@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("target", ["ort", pytest.param("portable", marks=pytest.mark.slow)])
 def test_a_longer_text_is_refused(target: str, tmp_path: Path) -> None:
     pe_onnx.export(encoding="xpos", encoding_parameters={"scale_base": 8}, target=target, output=tmp_path / "bundle")
     bundle = read_bundle(tmp_path / "bundle")
