@@ -32,7 +32,6 @@ LAYERS = [
     ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
     ("quantization",),
-    ("beam_search",),
     ("beam_search", "memory_plan"),
     ("generate", "contestants", "yardstick"),
     ("operator_times", "relative"),

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from pe_onnx.block_quantization import Blocks, quantize_blocks
 from pe_onnx.errors import ConfigError, did_you_mean
+from pe_onnx.passes.fused_projections import parts_of
 from pe_onnx.passes.nodes import attribute, drop, made_by, readers, sizes
 
 MICROSOFT = "com.microsoft"
@@ -228,6 +229,20 @@ def rounded_weights(model: ir.Model) -> Mapping[str, Callable[[], Any]]:
 
         assert values[0] is not None
         found.setdefault((values[0].name or "").removesuffix(suffix), make)
+    return found
+
+
+def rounded_parts(model: ir.Model) -> Mapping[str, Callable[[], Any]]:
+    """The same with each of the weights that were joined by itself, under its own name."""
+    found: dict[str, Callable[[], Any]] = {}
+    for name, make in rounded_weights(model).items():
+        parts = parts_of(name)
+        if len(parts) == 1:
+            found[name] = make
+            continue
+        ends = np.cumsum([0, *model.graph.initializers[f"{name}/widths"].const_value.numpy()])  # type: ignore[union-attr]
+        for part, begin, end in zip(parts, ends, ends[1:], strict=False):
+            found[part] = lambda make=make, begin=begin, end=end: make()[begin:end]
     return found
 
 
