@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 READ_BYTES = 1 << 30
 GEMM_WIDTH = 2048
 REPEATS = 7
-LOOKED_UP = ("Gather", "GatherBlockQuantized")
 
 
 class Shape(NamedTuple):
@@ -98,10 +97,15 @@ def onnx_step_bytes(path: Path) -> int:
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
     model = onnx.load(path, load_external_data=False)
-    looked_up, read = set(), set()
+    looked_up: set[str] = set()
+    read: set[str] = set()
     for node in model.graph.node:
-        tables = node.input if node.op_type == "GatherBlockQuantized" else node.input[:1]
-        (looked_up if node.op_type in LOOKED_UP else read).update(tables if node.op_type in LOOKED_UP else node.input)
+        if node.op_type == "GatherBlockQuantized":  # its scales and zero points too
+            looked_up.update(node.input)
+        elif node.op_type == "Gather":
+            looked_up.add(node.input[0])
+        else:
+            read.update(node.input)
     total = 0
     for tensor in model.graph.initializer:
         if tensor.name in looked_up - read:

@@ -1,7 +1,7 @@
 """Who is measured in ``peers.py``: how each one's model is made, what it runs in, and the dtype of its cache.
 
-Precision is equal within a group, named by the bits of a weight. Where a peer has a setting that costs it nothing but
-speed, it has the faster one: genai, which by default makes the logits of a whole prompt, is built with ``prune_lm_head``.
+Precision is equal within a group, named by the bits of a weight. Where a peer has a setting that costs it
+nothing, it has the faster one: genai, which by default makes all logits of a prompt, is built with ``prune_lm_head``.
 """
 
 from __future__ import annotations

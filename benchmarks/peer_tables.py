@@ -107,8 +107,8 @@ def draw(result: Result, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot, ticker
 
-    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with matplotlib.rc_context({"svg.hashsalt": "pe-onnx", "font.size": 10, **dict.fromkeys(ink, INK)}):
+    colors: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({"svg.hashsalt": "pe-onnx", "font.size": 10, **colors}):
         figure, axes = pyplot.subplots(figsize=(8.5, 4.6), layout="constrained")
         for name, figures in result["contestants"].items():
             points = {int(n): value["ms"] for n, value in figures.get("decode", {}).items()}
@@ -116,7 +116,13 @@ def draw(result: Result, path: Path) -> None:
                 continue
             color = next(color for engine, color in COLORS.items() if name.startswith(engine))
             line, marker = LINES[figures["bits"]]
-            style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+            style: dict[str, Any] = {
+                "color": color,
+                "linestyle": line,
+                "marker": marker,
+                "markersize": 4.5,
+                "linewidth": 1.6,
+            }
             axes.plot(list(points), list(points.values()), label=figures["label"], **style)
         contexts = result["contexts"]
         axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="decode, ms per token")
