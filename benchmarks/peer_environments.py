@@ -20,8 +20,8 @@ REQUIREMENTS: dict[str, list[str]] = {
     LLAMA_CPP: ["llama-cpp-python==0.3.36"],
     OPTIMUM: ["optimum[onnxruntime]"],
 }
-BUILD_VARIABLES = {"CMAKE_BUILD_PARALLEL_LEVEL": "2"}
-"""llama-cpp-python has no wheels and is compiled, for this machine's instructions."""
+BUILD_VARIABLES = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}
+"""llama-cpp-python has no wheels and is compiled, for this machine's instructions, without its part for images."""
 SHOWN = ("onnxruntime-genai", "onnxruntime", "llama-cpp-python", "optimum", "optimum-onnx", "transformers", "torch")
 RECORD = "environment.json"
 

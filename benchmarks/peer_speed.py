@@ -80,14 +80,14 @@ def measure(
             attempt = _Round(workers, times)
             label = f"round {number + 1} of {rounds}"
             click.echo(f"{label}: load", err=True)
-            attempt.each(number, lambda name, worker: worker.load(max([*contexts, *prompts]) + RESERVE_TOKENS))
+            attempt.each(number, lambda name, worker: worker.load(max(*contexts, *prompts)))
             for tokens in sorted(prompts):
                 for turn in range(turns):
                     click.echo(f"{label}: prompt of {tokens} tokens, turn {turn + 1}", err=True)
                     attempt.prefill(turn, tokens)
             for context in sorted(contexts):
                 click.echo(f"{label}: fill to {context} tokens", err=True)
-                attempt.each(0, lambda name, worker, context=context: worker.ask("fill", tokens=context))
+                attempt.each(0, lambda name, worker, context=context: worker.ask("fill", tokens=context - 1))
                 for turn in range(turns):
                     click.echo(f"{label}: decode at {context} tokens, turn {turn + 1}", err=True)
                     attempt.decode(turn, context, steps)

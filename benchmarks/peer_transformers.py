@@ -28,10 +28,11 @@ class Transformers:
         return self._run(ids, 1)[-1]
 
     def rewind(self, tokens: int) -> None:
-        if tokens:
-            self.cache.crop(tokens)
-        else:
+        held = self.cache.get_seq_length()
+        if not tokens:
             self.cache = self.new_cache()
+        elif tokens < held:
+            self.cache.crop(tokens - held)
 
     def logits(self, ids: Sequence[int]) -> Array:
         self.rewind(0)

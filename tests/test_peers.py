@@ -172,7 +172,7 @@ def test_a_worker_answers_for_a_bundle(tmp_path: Path) -> None:
         assert worker.ask("prefill", tokens=17)["seconds"] > 0
         assert len(worker.ask("decode", context=33, steps=3)["seconds"]) == 3
         assert len(worker.ask("decode", context=21, steps=2)["seconds"]) == 2
-        worker.ask("prefill", tokens=5)
+        worker.ask("prefill", tokens=64)
         file = tmp_path / "logits.npy"
         ids = [3, 1, 4, 1, 5, 9, 2]
         worker.ask("logits", tokens=ids, file=str(file))
