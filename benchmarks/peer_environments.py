@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -61,7 +62,12 @@ def last_error(log: str) -> str:
     """The line of a log that says why: the last that begins like an error, else the last."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR", "error", "Error")) or "Error:" in line]
-    return (errors or lines or ["no output"])[-1][:300]
+    return without_places((errors or lines or ["no output"])[-1])[:300]
+
+
+def without_places(text: str) -> str:
+    """Addresses left out and paths cut to their last part: what a committed result may say of this machine."""
+    return re.sub(r"(?<![\w.])/(?:[\w.@+-]+/)+", "", re.sub(r"https?://[^\s'\"<>)]+", "(address)", text))
 
 
 def _versions(python: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from peer_contestants import HERE, Contestant
+from peer_environments import without_places
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -65,7 +66,7 @@ class WorkerProcess:
             raise WorkerError(f"{self.contestant.name} died in {op}, exit code {self._child.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(f"{op}: {answer['error']}")
+            raise WorkerError(f"{op}: {without_places(answer['error'])}")
         self._idle_from = time.perf_counter(), self._cpu_s()
         return answer
 

@@ -119,7 +119,8 @@ def test_a_command_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(SetupError, match="ValueError: no such kernel"):
             artefacts.path("broken")
     assert not (artefacts.folder / "broken").exists()
-    assert last_error("a\nERROR: no version fits\nb") == "ERROR: no version fits"
+    log = "a\nERROR: no version of x fits, see https://index.example/simple/x and /home/me/.cache/pip/x.whl\nb"
+    assert last_error(log) == "ERROR: no version of x fits, see (address) and x.whl"
 
 
 def test_memory_makes_groups() -> None:
