@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -242,8 +243,12 @@ def rounded_parts(model: ir.Model) -> Mapping[str, Callable[[], Any]]:
             continue
         ends = np.cumsum([0, *model.graph.initializers[f"{name}/widths"].const_value.numpy()])  # type: ignore[union-attr]
         for part, begin, end in zip(parts, ends, ends[1:], strict=False):
-            found[part] = lambda make=make, begin=begin, end=end: make()[begin:end]
+            found[part] = partial(_rows, make, begin, end)
     return found
+
+
+def _rows(make: Callable[[], Any], begin: int, end: int) -> Any:
+    return make()[begin:end]
 
 
 def storage_of(tensor: Any) -> object:
