@@ -177,9 +177,9 @@ class InPlaceCache(KVCache):
         if self.sources is not None:
             self.sources.bind(binding, row, rows)
 
-    def _run_bound(self, binding: Any, row: int, rows: int) -> None:
+    def _run_bound(self, session: Session, binding: Any, row: int, rows: int) -> None:
         """Run rows that are bound; steps are bound anew where that filled their cross cache."""
-        self.session.run(binding)
+        session.run(binding)
         if self.sources is not None and self.sources.ran(row, rows):
             self._bind()
 
@@ -217,7 +217,8 @@ class InPlaceCache(KVCache):
         positions = np.minimum(start[:, None] + np.arange(T), lengths[:, None] - 1)
         new = lengths - self.lengths[row : row + b]
         self._note(row, ids, mask, positions, np.arange(T) < new[:, None])
-        binding = self.session.binding()
+        session = self.session.for_tokens(ids.size)
+        binding = session.binding()
         held = []
         named = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         for name, values in ((name, values) for name, values in named.items() if name in self.session.inputs):
@@ -230,7 +231,7 @@ class InPlaceCache(KVCache):
         logits = self.session.array((b, tokens, self.vocab_size), np.float32)
         logits.bind(binding, "logits", output=True)
         self._bind_cache(binding, row, b)
-        self._run_bound(binding, row, b)
+        self._run_bound(session, binding, row, b)
         return logits.download()
 
     def _decode_moving(self, ids: Array, moving: Array) -> Array:
@@ -260,7 +261,7 @@ class InPlaceCache(KVCache):
         for array in (self._ids, self._positions, self._mask):
             array.upload()
         self._mask.bind(self._step, "attention_mask", shape=(self.batch_size, total))
-        self._run_bound(self._step, 0, self.batch_size)
+        self._run_bound(self.session, self._step, 0, self.batch_size)
         return self._logits.download()[:, 0]
 
 
@@ -359,7 +360,8 @@ class GrowingCache(KVCache):
         self.mask = np.concatenate((self.mask, valid), 1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         self._note(0, ids, self.mask, positions, valid != 0)
-        binding = self.session.binding()
+        session = self.session.for_tokens(ids.size)
+        binding = session.binding()
         for name, values in (("input_ids", ids), ("attention_mask", self.mask), ("position_ids", positions)):
             if name in self.session.inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(values))
@@ -370,7 +372,7 @@ class GrowingCache(KVCache):
             binding.bind_output(name, self.session.device)
         if self.sources is not None:
             self.sources.bind(binding, 0, len(ids))
-        self.session.run(binding)
+        session.run(binding)
         if self.sources is not None:
             self.sources.ran(0, len(ids))
         logits, *self._past = binding.get_outputs()[: 1 + len(self.present_names)]

@@ -190,6 +190,11 @@ def _prove(source: Bundle, rounded: Bundle, cache: str | None) -> dict[str, Any]
         )
     kernels = _allowed("with onnxruntime's kernels for few bits", rounded, _off(_logits(rounded), want))
     proof |= {"relative_error": float(f"{error:.2e}"), "allowed": allowed}
+    if (rounded.folder / PROMPT).exists() and not (error := _off(_logits(rounded, graph=PROMPT), want)) <= allowed:
+        raise ExportError(
+            f"the graph for prompts is off by {error:.1e} of the logits' spread, allowed are {allowed:.1e}; nothing "
+            f"was written"
+        )
     return proof | {"relative_error_of_kernels": kernels}
 
 
@@ -251,14 +256,14 @@ def _turned(tensor: Any, values: Any) -> bool:
     return float(np.abs(held - values).sum()) > float(np.abs(held - values.T).sum())
 
 
-def _logits(bundle: Bundle, options: Mapping[str, str] | None = None) -> Any:
+def _logits(bundle: Bundle, options: Mapping[str, str] | None = None, graph: str | None = None) -> Any:
     """float32 ``[runs, V]`` of ragged prompts and steps behind them."""
     from pe_onnx.kv_cache import make_cache
     from pe_onnx.session import Session
     from pe_onnx.sources import Sources
 
     rng = np.random.default_rng(0)
-    session, vocab_size = Session(bundle, options=options), bundle.shape["vocab_size"]
+    session, vocab_size = Session(bundle, options=options, graph=graph), bundle.shape["vocab_size"]
     limit = bundle.max_length or PROOF_ROWS[0] + PROOF_STEPS
     steps = min(PROOF_STEPS, max(limit - 1, 0))
     rows = [rng.integers(0, vocab_size, min(n, limit - steps)).tolist() for n in PROOF_ROWS]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pe_onnx import contract
-from pe_onnx.bundle import Bundle
+from pe_onnx.bundle import PROMPT, Bundle
 from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line, needs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loads
@@ -40,6 +41,11 @@ run included where cores are shared (benchmarks/session.json)."""
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session option: where the weights of a graph lie that is given as bytes."""
+
+PROMPT_TOKENS = 48
+"""New tokens of a run from which on a quantized bundle's graph for prompts is quicker than its graph for steps."""
+OPENING_TOKENS = 192
+"""Those that are worth opening it, which takes some tenths of a second and the weights' memory once more."""
 
 MAX_THREADS = 1024
 """More is a slip: each takes a stack, and onnxruntime starts them all."""
@@ -122,6 +128,10 @@ class Session:
         self.model = bundle.folder / (graph or bundle.model.name)
         self.inputs, self.outputs = bundle.graphs.get(self.model.name, bundle.graphs[bundle.model.name])
         self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
+        self._prompts: Session | None = None
+        given: dict[str, Any] = {"options": options, "optimize": optimize, "prepare": prepare}
+        quick = graph is None and profile is None and (bundle.folder / PROMPT).exists()
+        self._open_prompts = partial(Session, bundle, provider, threads, graph=PROMPT, **given) if quick else None
         plain = level == "all" and not options and profile is None and wanted == PROVIDERS["cpu"]
         place = prepared_graph(bundle, self.model.name) if prepare and plain else None
         providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
@@ -137,6 +147,14 @@ class Session:
         if self.inference.get_providers()[0] != wanted:
             raise ProviderError(f"onnxruntime fell back to {self.inference.get_providers()[0]} from {wanted}")
         self._check_contract()
+
+    def for_tokens(self, tokens: int) -> Session:
+        """The session that runs so many new tokens at once the quickest: itself, or that of a quantized bundle's graph
+        for prompts, which is opened for the first long one and reads the same caches."""
+        if self._open_prompts is not None and tokens >= (OPENING_TOKENS if self._prompts is None else PROMPT_TOKENS):
+            self._prompts = self._prompts or self._open_prompts()
+            return self._prompts
+        return self
 
     def _check_contract(self) -> None:
         """Raises BundleError where the model's inputs and outputs are not what the manifest says."""
