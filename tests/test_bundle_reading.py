@@ -141,6 +141,12 @@ def test_a_manifest_with_a_wrong_value_is_refused(real: Path, key: str, value: o
     refused(real, key, verify=verify)
 
 
+@pytest.mark.parametrize("windows", [[1], 5, ["a", 0], [-1, 0], [True, 0], None])
+def test_windows_that_are_none_are_refused(real: Path, windows: object) -> None:
+    edited(real, lambda values: values["model"].update(windows=windows))
+    refused(real, "model.windows")
+
+
 @pytest.mark.parametrize(("key", "value"), [("format", 2), ("format", 99), ("contract", 2), ("format", "1")])
 def test_a_newer_format_is_refused(real: Path, key: str, value: object) -> None:
     edited(real, lambda values: values.update({key: value}))

@@ -157,7 +157,8 @@ def command(
         cache.save(save_cache)
     if as_json:
         timing = model.timing
-        print_json({"generations": [vars(r) for r in results], "timing": vars(timing)})
+        counted = {**vars(timing), "computed_tokens": timing.computed_tokens}
+        print_json({"generations": [vars(r) for r in results], "timing": counted})
     elif model.bundle.manifest["tokenizer"] is None:
         for result in results:
             click.echo(",".join(map(str, result.tokens)))
