@@ -152,7 +152,7 @@ def _prove(source: Bundle, rounded: Bundle) -> dict[str, Any]:
             f"the quantized bundle does not compute what {source.folder} computes with the rounded weights: its logits "
             f"are off by {error:.1e} of their spread, allowed are {allowed:.1e}; nothing was written"
         )
-    kernels, bound = _off(_logits(rounded), want), PROOF * tolerance_of(rounded).error
+    kernels, bound = float(np.sqrt(np.square(_logits(rounded) - want).mean()) / want.std()), tolerance_of(rounded).error
     if not kernels <= bound:
         raise ExportError(
             f"with onnxruntime's kernels for few bits logits are off by {kernels:.1e} of their spread, allowed are "
