@@ -4,8 +4,7 @@ The mode that fails is run once more and what the graph was given is noted. Thos
 the graph exposed, beside the module that the bundle was traced from, run operation by operation; a value finds its
 counterpart by its scoped name. First at the end of each layer, then inside the first layer that differs, so that a
 large model's values are never all in memory at once. Replays are without onnxruntime's graph optimisations, and with
-them where nothing else differs. Of a quantized bundle they are without kernels that round activations, so that values
-are held to what the dtype allows.
+them where nothing else differs.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from pe_onnx.errors import BundleError, ConfigError
 from pe_onnx.failing_run import Failure, first_failure
 from pe_onnx.parity import DEFAULT_TOKENS, Comparison, prepare
 from pe_onnx.seq2seq_parity import BEAMS
-from pe_onnx.tolerance import tolerance_for
 
 if TYPE_CHECKING:
     from pe_onnx.blame import Blame
@@ -85,14 +83,6 @@ def bisect(
     return _Search(compared, twin.of_graph(compared.bundle, failure.file, reference), failure, provider, threads).find()
 
 
-def _exact(compared: Comparison) -> float:
-    """What logits are allowed where onnxruntime rounds no activations."""
-    bundle, allowed = compared.bundle, compared.allowed.error
-    if bundle.quantization is None:
-        return allowed
-    return min(allowed, tolerance_for(bundle.manifest["dtype"], bundle.depth).error)
-
-
 class _Search:
     """Of one failure, over the replays of its runs."""
 
@@ -103,7 +93,7 @@ class _Search:
         self.compared, self.failure, self.twin = compared, failure, twin
         self.options: dict[str, Any] = {"provider": provider, "threads": threads}
         self.allowed = compared.allowed.error * failure.spread
-        self.limit = INNER_FACTOR * _exact(compared)
+        self.limit = INNER_FACTOR * compared.allowed.error
         self.graph = ExposedGraph(compared.bundle, failure.file)
         encoded: dict[str, tuple[Array, Array]] = {}
         if compared.requests is not None and failure.file != ENCODER:
@@ -238,6 +228,5 @@ class _Search:
             )
         return (
             f"{begin} when it is replayed run by run, with and without graph optimisations: what remains is the cache "
-            f"in place (past and present are one buffer), a fusion that exposed values prevent"
-            f"{', or kernels for few bits' if self.compared.bundle.quantization else ''}"
+            f"in place (past and present are one buffer) or a fusion that exposed values prevent"
         )

@@ -1,4 +1,4 @@
-"""The parts of a check, each on one bundle and one provider: parity, sessions, latency, budgets, regression.
+"""The parts of a check, each on one bundle and one provider: parity, quality, sessions, latency, budgets, regression.
 
 A part adds its findings and its own report to a BundleCheck. What it needs is imported when it runs.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from pe_onnx.bundle import Bundle
 from pe_onnx.check_report import BundleCheck, Figure, Finding
 from pe_onnx.commands import command
-from pe_onnx.errors import BundleError, MissingDependencyError, PeOnnxError
+from pe_onnx.errors import BundleError, CheckpointError, MissingDependencyError, PeOnnxError
 from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.suite import Budgets
 
@@ -46,6 +46,9 @@ class Subject:
     tokens: int
     seed: int
     budgets: Budgets
+    text: Path | None = None
+    """On which a quantized bundle is compared with PyTorch's own weights; None for the built-in one."""
+    max_kl: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -164,6 +167,43 @@ def drill_down(folder: Path, reference: Any, **options: Any) -> tuple[str, dict[
     if found is None:
         return "no drill-down: no intermediate value of the two sides differs", None
     return one_line(found.text), found.to_dict()
+
+
+def quality(check: BundleCheck, subject: Subject) -> None:
+    """What the rounding of a quantized bundle costs."""
+    from pe_onnx.quality import measure_quality
+
+    asked = {"text": subject.text, "max_kl": subject.max_kl, "seed": subject.seed}
+    try:
+        report = measure_quality(
+            subject.folder, subject.reference, provider=subject.provider, threads=subject.threads, **asked
+        )
+    except CheckpointError as gone:
+        check.findings.append(Finding("quality", "quality", "skipped", one_line(str(gone))))
+        return
+    check.quality = report.to_dict()
+    if report.worst is not None:
+        name, error, expected = report.worst
+        finding = Finding("quality", "weights", "passed" if report.weights_passed else "failed")
+        finding.message = (
+            f"rounded by {report.weight_error:.2g} of their size (root mean square); worst {name}: {error:.2g}, where "
+            f"even steps explain {expected:.2g}"
+        )
+        finding.figures = {"weight_error": report.weight_error, "worst_error": error, "worst_expected": expected}
+        check.findings.append(finding)
+    finding = Finding("quality", "kl", "passed" if report.kl_passed else "failed", seconds=report.seconds)
+    finding.message = (
+        f"KL {report.kl:.2g} nats a token from PyTorch's own weights, {report.limit.kl:.2g} is allowed; "
+        f"{report.bits:.4g} bits a {report.unit} for {report.reference_bits:.4g} on {report.on}"
+    )
+    finding.figures = {"kl": report.kl, "max_kl": report.limit.kl}
+    finding.figures |= {
+        f"bits_per_{report.unit}": report.bits,
+        f"reference_bits_per_{report.unit}": report.reference_bits,
+    }
+    if not report.kl_passed:
+        finding.message += "; quantize with --bits 8, a smaller --block, or --exclude what is most sensitive"
+    check.findings.append(finding)
 
 
 def sessions(check: BundleCheck, subject: Subject) -> None:

@@ -26,7 +26,7 @@ class Finding:
     """One thing that was checked, or was not and why."""
 
     part: str
-    """bundle, parity, sessions, latency, budget or regression."""
+    """bundle, parity, quality, sessions, latency, budget or regression."""
     name: str
     """Within the part: a parity mode, a session, a budget."""
     status: Status
@@ -67,6 +67,8 @@ class BundleCheck:
     """ParityReport.to_dict()."""
     divergence: dict[str, Any] | None = None
     """Divergence.to_dict(): where ONNX and PyTorch part, of a bundle whose parity failed."""
+    quality: dict[str, Any] | None = None
+    """QualityReport.to_dict(), of a quantized bundle."""
     sessions: dict[str, Any] | None = None
     """SessionMatrix.to_dict()."""
     latency: dict[str, Any] | None = None
@@ -193,8 +195,9 @@ def skipped(report: CheckReport) -> dict[tuple[str, str], list[str]]:
 
 
 def tolerance_rules(report: CheckReport) -> list[str]:
-    """How each tolerance came about, each once."""
+    """How each tolerance and limit came about, each once."""
     tolerances = [check.parity["tolerance"] for check in report.checks if check.parity is not None]
+    tolerances += [check.quality["limit"] for check in report.checks if check.quality is not None]
     return list(dict.fromkeys(tolerance["rule"] for tolerance in tolerances if tolerance.get("rule")))
 
 
@@ -205,20 +208,28 @@ def baseline_line(report: CheckReport) -> str:
     return "; ".join(filter(None, (f"baseline written: {report.baseline_written}", report.baseline_replaced)))
 
 
-COLUMNS = ("bundle", "provider", "parity", "top-1", "sessions", "decode, ms", "prefill, tok/s", "change", "verdict")
-"""Of the table, on the terminal and in Markdown. Parity is the worst error and what is allowed, change that of the
-latency since the baseline."""
+COLUMNS = (
+    *("bundle", "provider", "parity", "top-1", "KL, nats", "bits", "sessions", "decode, ms", "prefill, tok/s"),
+    *("change", "verdict"),
+)
+"""Of the table, on the terminal and in Markdown. Parity is the worst error and what is allowed; KL that of quantized
+weights from PyTorch's and what is allowed, bits what a byte takes (or a token) with PyTorch's weights and with the
+bundle's; change that of the latency since the baseline."""
 
 
 def row(check: BundleCheck) -> tuple[str, ...]:
     """A bundle's line in the table; ``-`` for what was not measured."""
-    parity = top1 = sessions = decode = prefill = regression = "-"
+    parity = top1 = kl = bits = sessions = decode = prefill = regression = "-"
     if check.parity is not None:
         modes = check.parity["modes"]
         errors = [mode["relative_error"] for mode in modes]  # None is not finite
         worst = "not finite" if None in errors else f"{max(errors):.1e}"
         parity = f"{worst}/{check.parity['tolerance']['error']:.1e}"
         top1 = f"{100 * min(mode['top1_agreement'] for mode in modes):.4g}%"
+    if check.quality is not None:
+        q = check.quality
+        kl = f"{_number(q['kl'], '.2g')}/{_number(q['limit']['kl'], '.2g')}"
+        bits = f"{_number(q['reference_bits'], '.4g')} to {_number(q['bits'], '.4g')} a {q['unit']}"
     if check.sessions is not None:
         bad = sum(finding.bad for finding in check.of("sessions"))
         sessions = f"{bad} differ" if bad else f"{len(check.sessions['names'])} agree"
@@ -231,7 +242,7 @@ def row(check: BundleCheck) -> tuple[str, ...]:
     if any(finding.status == "error" for finding in check.of("parity")):
         parity = "error"
     verdict = "pass" if check.passed else "FAIL"
-    return (check.bundle, check.provider, parity, top1, sessions, decode, prefill, regression, verdict)
+    return (check.bundle, check.provider, parity, top1, kl, bits, sessions, decode, prefill, regression, verdict)
 
 
 def _number(value: float | None, form: str) -> str:

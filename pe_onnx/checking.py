@@ -1,4 +1,4 @@
-"""The check of bundles for CI: parity, sessions against each other, latency, budgets and regressions, one verdict."""
+"""The check of bundles for CI: parity, quality, sessions against each other, latency, budgets and regressions, one verdict."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from pe_onnx.errors import ConfigError, PeOnnxError, ProviderError, did_you_mean
 from pe_onnx.named_reference import load_reference
 from pe_onnx.suite import NO_BUDGETS, Budgets, Entry
 
-PARTS = ("parity", "sessions", "latency", "regression")
+PARTS = ("parity", "quality", "sessions", "latency", "regression")
 """What takes time on a bundle, in order."""
+LEFT_OUT = "left out, as asked"
 LATENCY_S = 20.0
 MAX_REGRESSION = 0.1
 
@@ -36,6 +37,9 @@ def check(
     tokens: int | None = None,
     seed: int = 0,
     threads: int = 0,
+    text: Path | None = None,
+    max_kl: float | None = None,
+    quality: bool = True,
     matrix: bool = True,
     latency: bool = True,
     budget_s: float = LATENCY_S,
@@ -51,8 +55,8 @@ def check(
 
     bundles: folders, or Entries, whose own settings come before those given here. reference, modes, tolerance, tokens,
     seed and threads are ``check_parity``'s, and a reference may be ``module:attribute`` too, importable from the
-    working directory or a folder of ``import_from``. matrix and latency: False leaves a part out, and the report says
-    so. budget_s: seconds of measuring latency a bundle; what the baseline is about has a time of its own. baseline: a
+    working directory or a folder of ``import_from``. text and max_kl are ``measure_quality``'s, of quantized bundles.
+    quality, matrix and latency: False leaves a part out, and the report says so. budget_s: seconds of measuring latency a bundle; what the baseline is about has a time of its own. baseline: a
     file of ``write_baselines``; a bundle fails that is slower by more than ``max_regression``, a share, relative to it.
     update_baseline: measure and write that file instead, other entries kept unless they are of another format, but none
     of a bundle whose parity fails. progress is called as a part of a bundle begins, PARTS times a bundle and provider;
@@ -64,7 +68,7 @@ def check(
     """
     entries = [entry if isinstance(entry, Entry) else Entry(entry) for entry in bundles]
     names = _resolved(providers)
-    _require(entries, modes, tolerance, tokens, seed, threads, budget_s, max_regression)
+    _require(entries, modes, tolerance, tokens, seed, threads, budget_s, max_regression, max_kl, text)
     references = _references([reference, *(entry.reference for entry in entries)], tuple(import_from))
     known: dict[str, Any] = {}
     replaced = None
@@ -82,6 +86,9 @@ def check(
             "tokens": tokens,
             "seed": seed,
             "threads": threads,
+            "text": None if text is None else str(text),
+            "max_kl": max_kl,
+            "quality": quality,
             "matrix": matrix,
             "latency": latency,
             "budget_s": budget_s,
@@ -107,9 +114,12 @@ def check(
                     tokens=check_parts.default_tokens() if tokens is None else tokens,
                     seed=seed,
                     budgets=entry.budgets.over(budgets),
+                    text=text,
+                    max_kl=max_kl if entry.max_kl is None else entry.max_kl,
                 ),
-                matrix="left out, as asked" if not matrix else None,
-                latency="left out, as asked" if not latency else None,
+                quality=None if quality else LEFT_OUT,
+                matrix=None if matrix else LEFT_OUT,
+                latency=None if latency else LEFT_OUT,
                 regression=gate,
                 budget_s=budget_s,
                 progress=progress,
@@ -154,13 +164,14 @@ def _check_one(
     check: BundleCheck,
     asked: Callable[..., Subject],
     *,
+    quality: str | None,
     matrix: str | None,
     latency: str | None,
     regression: _Regression,
     budget_s: float,
     progress: Callable[[str], None],
 ) -> BundleCheck:
-    """One bundle on one provider. matrix, latency: why they are left out, None where they are not."""
+    """One bundle on one provider. quality, matrix, latency: why they are left out, None where they are not."""
     begin = time.perf_counter()
     subject = None
     with caught(check, "bundle"):
@@ -174,7 +185,9 @@ def _check_one(
         progress(f"{check.label}: {part}")
         if subject is None or failed:
             continue
-        why_not = {"parity": None, "sessions": matrix}.get(part, latency)
+        if part == "quality" and subject.bundle.quantization is None:
+            continue
+        why_not = {"parity": None, "quality": quality, "sessions": matrix}.get(part, latency)
         if part == "regression" and why_not is None:
             why_not = regression.why_not(check)
         if why_not is not None:
@@ -183,6 +196,8 @@ def _check_one(
         with caught(check, part):
             if part == "parity":
                 check_parts.parity(check, subject)
+            elif part == "quality":
+                check_parts.quality(check, subject)
             elif part == "sessions":
                 check_parts.sessions(check, subject)
             elif part == "latency":
@@ -241,6 +256,8 @@ def _require(
     threads: int,
     budget_s: float,
     max_regression: float,
+    max_kl: float | None,
+    text: Path | None,
 ) -> None:
     """Raises ConfigError for what no bundle could be checked with."""
     from pe_onnx.parity import ALL_MODES
@@ -256,6 +273,8 @@ def _require(
         raise ConfigError(f"no mode given (known: {', '.join(ALL_MODES)})")
     for name, value, good, accepted in (
         ("tolerance", tolerance, tolerance is None or 0 <= tolerance < float("inf"), "a finite number, at least 0"),
+        ("max_kl", max_kl, max_kl is None or 0 <= max_kl < float("inf"), "a finite number of nats, at least 0"),
+        ("text", text, text is None or text.is_file(), "a file"),
         ("length", tokens, tokens is None or tokens >= 2, "at least 2 tokens"),
         ("seed", seed, seed >= 0, "at least 0"),
         ("threads", threads, 0 <= threads <= MAX_THREADS, f"in 0..{MAX_THREADS}; 0 is one for each core"),

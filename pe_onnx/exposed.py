@@ -11,6 +11,7 @@ import numpy as np
 from pe_onnx.bundle import Bundle
 from pe_onnx.errors import BundleError, first_line, needs
 from pe_onnx.session import PROVIDERS, onnxruntime, resolve_provider
+from pe_onnx.tolerance import exact_options
 
 with needs("looking into a graph", "'pe-onnx[export]'"):
     import onnx_ir as ir
@@ -78,8 +79,8 @@ class ExposedGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
-        if self.bundle.quantization is not None:  # weights of few bits are multiplied as floats then
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        for key, value in exact_options(self.bundle).items():
+            options.add_session_config_entry(key, value)
         options.add_session_config_entry(EXTERNAL_FOLDER, str(self.bundle.folder.resolve()))
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -24,9 +24,11 @@ from pe_onnx.kv_cache import Path as RunPath
 from pe_onnx.parity_modes import MODES, Opener, Pair
 from pe_onnx.parity_report import Account, ModeResult, ParityReport
 from pe_onnx.session import Session
-from pe_onnx.tolerance import Tolerance, given, tolerance_of
+from pe_onnx.tolerance import Tolerance, exact_options, given, tolerance_for
 
 Array = np.ndarray[Any, Any]
+Hold = Callable[[Any], Any]
+"""A module to the same, with other weights perhaps."""
 Reference = Callable[[Array], Array]
 """Token ids int64 ``[B, T]`` to float32 logits ``[B, T, V]``."""
 
@@ -88,8 +90,8 @@ def check_parity(
     Of an encoder-decoder rows are sources, by default of different lengths, each with ``tokens`` random tokens of the
     decoder; the reference is a checkpoint's path, transformers' model, or a ``Seq2SeqReference``.
 
-    A quantized bundle is compared with PyTorch with the bundle's rounded weights: whether they were rounded well is
-    what ``quality`` tells.
+    A quantized bundle is compared with PyTorch with the bundle's rounded weights, both multiplying in floats: what the
+    rounding of weights and activations costs is another question (``quality.py``).
 
     Raises CheckpointError where the reference cannot be had.
     """
@@ -132,6 +134,11 @@ class Comparison:
     """The sources of an encoder-decoder."""
     modes: list[str]
 
+    def retarget(self, rows: Sequence[Sequence[int]]) -> None:
+        """Other tokens for the decoder of an encoder-decoder, over the same sources."""
+        self.rows = [np.asarray(row, np.int64) for row in rows]
+        self.expected = Expected(self.expected.references, self.rows, self.bundle.shape["vocab_size"])
+
 
 def prepare(
     folder: str | Path,
@@ -144,8 +151,11 @@ def prepare(
     tolerance: float | None = None,
     seed: int = 0,
     threads: int = 0,
+    hold: Hold | None = None,
+    kernels: bool = False,
 ) -> Comparison:
-    """What ``check_parity`` compares, with the same arguments and errors."""
+    """What ``check_parity`` compares, with the same arguments and errors. hold: of ``resolve_reference``.
+    kernels: of a quantized bundle those that users run, which may round activations, in place of exact ones."""
     bundle = read_bundle(folder)
     if tokens < 2:
         raise ConfigError(f"length = {tokens} must be at least 2 tokens")
@@ -169,14 +179,15 @@ def prepare(
     if not arrays:
         raise InputError("parity needs at least one row of tokens")
     wanted = _modes(bundle, modes)
-    compute, name = resolve_reference(bundle, reference)
-    session = Session(bundle, provider, threads)
+    compute, name = resolve_reference(bundle, reference, hold)
+    options = {} if kernels else exact_options(bundle)
+    session = Session(bundle, provider, threads, options)
     requests = None
     if crossed:
-        encoder = Session(bundle, provider, threads, graph=ENCODER)
+        encoder = Session(bundle, provider, threads, options, graph=ENCODER)
         requests = seq2seq_parity.Requests(encoder, session, arrays, compute)
         arrays = seq2seq_parity.targets(bundle, arrays, tokens, seed)
-    allowed = tolerance_of(bundle) if tolerance is None else given(tolerance)
+    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
     references = [compute if requests is None else requests.reference_of(b) for b in range(len(arrays))]
     expected = Expected(references, arrays, bundle.shape["vocab_size"])
     return Comparison(bundle, name, Caches(session, requests), arrays, expected, allowed, requests, wanted)
@@ -272,22 +283,26 @@ def _modes(bundle: Bundle, wanted: Sequence[str] | None) -> list[str]:
     return list(wanted) if wanted else modes_of(bundle)
 
 
-def resolve_reference(bundle: Bundle, reference: Any = None, original: bool = False) -> tuple[Any, str]:
+def resolve_reference(bundle: Bundle, reference: Any = None, hold: Hold | None = None) -> tuple[Any, str]:
     """The PyTorch side as a function of token ids or of the bundle's runs, and its name; of an encoder-decoder a
     Seq2SeqReference.
 
-    Of a quantized bundle it computes with the bundle's rounded weights, unless ``original``: in a copy of a module
-    that is handed in, while a function is taken as it is.
+    hold: what is done to its module, or to a copy of one that is handed in. By default that of a quantized bundle is
+    given the bundle's rounded weights; a function is taken as it is.
     """
-    from pe_onnx import reference as references
-    from pe_onnx.rounded_module import as_it_is, holder, of_caller
+    from pe_onnx.rounded_module import as_it_is, holder
 
-    hold = as_it_is if original else holder(bundle)
-    compute, name = _resolved(bundle, reference, references, hold, of_caller)
+    if hold is not None:
+        return _resolved(bundle, reference, hold)
+    hold = holder(bundle)
+    compute, name = _resolved(bundle, reference, hold)
     return compute, name if hold is as_it_is else f"{name}, with the rounded weights"
 
 
-def _resolved(bundle: Bundle, reference: Any, references: Any, hold: Any, of_caller: Any) -> Any:
+def _resolved(bundle: Bundle, reference: Any, hold: Hold) -> Any:
+    from pe_onnx import reference as references
+    from pe_onnx.rounded_module import of_caller
+
     if bundle.crossing is not None:
         return references.seq2seq(bundle.manifest, reference, hold)
     if reference is None:

@@ -188,7 +188,7 @@ def _prove(source: Bundle, rounded: Bundle, cache: str | None) -> dict[str, Any]
             f"the quantized bundle does not compute what {source.folder} computes with the rounded weights: its logits "
             f"are off by {error:.1e} of their spread, allowed are {allowed:.1e}; nothing was written"
         )
-    kernels = _allowed("with onnxruntime's kernels for few bits", rounded, _off(_logits(rounded), want))
+    kernels = _allowed("with onnxruntime's kernels for few bits", rounded, _logits(rounded), want)
     proof |= {"relative_error": float(f"{error:.2e}"), "allowed": allowed}
     if (rounded.folder / PROMPT).exists() and not (error := _off(_logits(rounded, graph=PROMPT), want)) <= allowed:
         raise ExportError(
@@ -205,11 +205,12 @@ def _prove_cache(source: Bundle, rounded: Bundle) -> dict[str, Any]:
             want = _logits(twin, LEAN)
     else:
         want = _logits(source)
-    return {"relative_error_of_cache": _allowed("with keys and values in int8", rounded, _off(_logits(rounded), want))}
+    return {"relative_error_of_cache": _allowed("with keys and values in int8", rounded, _logits(rounded), want)}
 
 
-def _allowed(what: str, bundle: Bundle, error: float) -> float:
-    allowed = PROOF * tolerance_of(bundle).error
+def _allowed(what: str, bundle: Bundle, have: Any, want: Any) -> float:
+    """The root mean square of the difference, relative to the spread. Raises ExportError where it is too great."""
+    error, allowed = float(np.sqrt(np.square(have - want).mean()) / want.std()), tolerance_of(bundle).error
     if not error <= allowed:
         raise ExportError(
             f"{what} logits are off by {error:.1e} of their spread, allowed are {allowed:.1e}; nothing was written"

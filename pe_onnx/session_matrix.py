@@ -23,7 +23,7 @@ from pe_onnx.kv_cache import make_cache
 from pe_onnx.plain_values import plain
 from pe_onnx.session import LEVELS, PROVIDERS, RECORD_PLACEMENT, PlacedNode, Session, resolve_provider
 from pe_onnx.sources import Sources
-from pe_onnx.tolerance import Tolerance, given, tolerance_of
+from pe_onnx.tolerance import Tolerance, exact_options, given, tolerance_for
 
 Array = np.ndarray[Any, Any]
 
@@ -154,7 +154,7 @@ def compare_sessions(
         raise ConfigError("a session matrix needs at least one provider and one number of threads")
     wanted = settings(providers, threads)
     arrays = _rows(bundle, rows, seed)
-    allowed = tolerance_of(bundle) if tolerance is None else given(tolerance)
+    allowed = tolerance_for(bundle.manifest["dtype"], bundle.depth) if tolerance is None else given(tolerance)
     logits, fallbacks = [], []
     for setting in wanted:
         values, fallen = _measure(bundle, setting, arrays, seed)
@@ -176,7 +176,8 @@ def _measure(bundle: Bundle, setting: Setting, rows: list[Array], seed: int) -> 
 
 
 def _open(bundle: Bundle, setting: Setting, file: str) -> Session:
-    return Session(bundle, setting.provider, setting.threads, RECORD_PLACEMENT, setting.level, file)
+    options = {**RECORD_PLACEMENT, **exact_options(bundle)}
+    return Session(bundle, setting.provider, setting.threads, options, setting.level, file)
 
 
 def _rows(bundle: Bundle, rows: Sequence[Sequence[int]] | None, seed: int) -> list[Array]:

@@ -7,6 +7,7 @@ Paths in it are relative to its folder. Whatever it says, the command line can o
     providers = ["cpu"]
     modes = ["whole", "steps", "greedy"]
     tolerance = 1e-4
+    max-kl = 0.05
     baseline = "baseline.json"
     max-regression = "10%"
     budgets = { load_s = 2, prefill_tokens_per_s = 500 }
@@ -70,6 +71,7 @@ class Entry:
     tolerance: float | None = None
     modes: tuple[str, ...] | None = None
     budgets: Budgets = NO_BUDGETS
+    max_kl: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,9 @@ class Suite:
     length: int | None = None
     seed: int | None = None
     threads: int | None = None
+    max_kl: float | None = None
+    text: Path | None = None
+    quality: bool | None = None
     latency: bool | None = None
     matrix: bool | None = None
 
@@ -268,6 +273,7 @@ def _kinds(base: Path, where: str) -> dict[str, _Kind]:
         "reference": _Kind("a checkpoint's path or module:attribute", reference),
         "modes": _Kind("a list of parity modes", _words),
         "tolerance": _Kind("a number, at least 0", _number),
+        "max-kl": _Kind("a number of nats, at least 0", _number),
     }
     return {
         "bundles": _Kind("a list of folders, patterns or tables with a path", bundles),
@@ -279,6 +285,8 @@ def _kinds(base: Path, where: str) -> dict[str, _Kind]:
         "length": _Kind("a number of tokens, at least 2", lambda value: _count(_count(value) - 2) + 2),
         "seed": _Kind("a whole number, at least 0", _count),
         "threads": _Kind("a number of threads, 0 for one a core", _count),
+        "text": _Kind("a file", lambda value: base / _word(value)),
+        "quality": _Kind("true or false", _switch),
         "latency": _Kind("true or false", _switch),
         "matrix": _Kind("true or false", _switch),
     }

@@ -72,11 +72,38 @@ def tolerance_for(dtype: str, layers: int) -> Tolerance:
     return Tolerance(error, f"{derived}: {error:.1e} of the logits' spread")
 
 
+def exact_options(bundle: Bundle) -> dict[str, str]:
+    """onnxruntime's options of a session that is held to ``tolerance_for``: without prepacked weights those of few bits
+    are written out and multiplied in floats, where the kernels that users run round activations to int8."""
+    return {} if bundle.quantization is None else {"session.disable_prepacking": "1"}
+
+
 def tolerance_of(bundle: Bundle) -> Tolerance:
-    """What a bundle is allowed against PyTorch with the bundle's own weights."""
+    """What the kernels that users run are allowed, root mean square, from PyTorch with the bundle's rounded weights."""
     held = bundle.quantization or {}
     rounded = held.get("accuracy_level") == 4 or held.get("cache") == "int8"
     return tolerance_for("int8" if rounded else bundle.manifest["dtype"], bundle.depth)
+
+
+class Limit(NamedTuple):
+    """What rounding weights may cost."""
+
+    kl: float
+    """Mean KL divergence from PyTorch with the weights as they were, nats a token."""
+    rule: str
+    """How that was derived, one line."""
+
+
+def kl_limit(bundle: Bundle, rounding: float, spread: float) -> Limit:
+    """rounding: root mean square error of the weights, relative to theirs. spread: of the reference's logits."""
+    return Limit(math.inf, "none")
+
+
+def given_kl(kl: float) -> Limit:
+    """A limit that someone chose. Raises ConfigError for what is no number from 0."""
+    if not 0 <= kl < math.inf:
+        raise ConfigError(f"max_kl = {kl} must be a finite number of nats, at least 0")
+    return Limit(kl, f"given: {kl:.2g} nats a token")
 
 
 def given(error: float) -> Tolerance:

@@ -45,7 +45,7 @@ LAYERS = [
     ("seq2seq_parity",),
     ("eager",),
     ("parity", "latency", "regression"),
-    ("plots", "failing_run"),
+    ("plots", "failing_run", "quality"),
     ("bisection",),
     ("named_reference", "check_report", "commands"),
     ("suite", "check_junit", "check_markdown"),

@@ -50,6 +50,8 @@ def _file(*names: str, **options: Any) -> Any:
 )
 @click.option("--modes", multiple=True, callback=_names, metavar="NAME,...", help="Only these modes of parity.")
 @click.option("--tolerance", type=float, metavar="X", help="Of the error relative to the spread, for the dtype's.")
+@click.option("--max-kl", type=float, metavar="X", help="Nats a token that rounding weights may cost, for the rule's.")
+@_file("--text", help="For bits per byte of quantized bundles, in place of the built-in text.")
 @_file("--baseline", help="Latency of an earlier state, relative to a yardstick of the machine.")
 @click.option(
     "--max-regression", callback=_share, metavar="SHARE", help="Slower than the baseline by this at most. [10%]"
@@ -58,6 +60,7 @@ def _file(*names: str, **options: Any) -> Any:
 @_file("--json", "json_file", help="Write the report as JSON; - is standard output.")
 @_file("--junit", "junit_file", help="Write the report as JUnit XML.")
 @_file("--markdown", "markdown_file", help="Write the report as Markdown, for a job's page.")
+@click.option("--quality/--no-quality", default=None, help="Compare quantized bundles with PyTorch's weights. [on]")
 @click.option("--matrix/--no-matrix", default=None, help="Compare sessions with each other. [on]")
 @click.option("--latency/--no-latency", default=None, help="Measure latency. [on]")
 @click.option("--budget", "budget_s", type=float, metavar="S", help="Seconds of measuring latency a bundle. [20]")
@@ -81,7 +84,7 @@ def command(
     update_baseline: bool,
     **given: Any,
 ) -> None:
-    """Check bundles against PyTorch, against themselves in other sessions, and against budgets and a baseline.
+    """Check bundles against PyTorch, what quantizing them costs, against themselves in other sessions, and against budgets and a baseline.
 
     DIR is a folder or a quoted pattern such as 'bundles/*'. Without one, pe-onnx.toml, or [tool.pe-onnx.check] of
     pyproject.toml, says what to check; options come before what it says. Where parity fails, the first node at which
@@ -135,7 +138,9 @@ def _entries(bundles: Sequence[str], suite: Suite | None, given: dict[str, Any])
         own = {Path(entry.path).resolve(): entry for entry in listed}
         named = expand([Entry(text) for text in bundles])
         listed = [dataclasses.replace(own.get(Path(entry.path).resolve(), entry), path=entry.path) for entry in named]
-    overridden: dict[str, Any] = {name: None for name in ("reference", "modes", "tolerance") if given[name] is not None}
+    overridden: dict[str, Any] = {
+        name: None for name in ("reference", "modes", "tolerance", "max_kl") if given[name] is not None
+    }
     return [dataclasses.replace(entry, **overridden) for entry in listed]
 
 
