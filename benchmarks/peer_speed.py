@@ -80,7 +80,7 @@ def measure(
             attempt = _Round(workers, times)
             label = f"round {number + 1} of {rounds}"
             click.echo(f"{label}: load", err=True)
-            attempt.each(number, lambda name, worker: worker.load(max(*contexts, *prompts)))
+            attempt.each(number, lambda name, worker: worker.load(max(*contexts, *prompts, WARM_PROMPT)))
             for tokens in sorted(prompts):
                 for turn in range(turns):
                     click.echo(f"{label}: prompt of {tokens} tokens, turn {turn + 1}", err=True)
