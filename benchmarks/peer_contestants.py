@@ -1,7 +1,7 @@
 """Who is measured in ``peers.py``: how each one's model is made, what it runs in, and the dtype of its cache.
 
-Precision is equal within a group, named by the bits of a weight. Where a peer has a setting that costs it
-nothing, it has the faster one: genai, which by default makes all logits of a prompt, is built with ``prune_lm_head``.
+Precision is equal within a group, named by the bits of a weight. Peers are built as their tools build them; genai,
+which by default makes the logits of every token of a prompt, is also built with ``prune_lm_head``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ class Contestant:
     artefact: str
     cache_bytes: int
     """Of one number in the cache."""
-    quality_artefact: str | None = None
-    """One that gives the logits of all tokens, where ``artefact`` does not."""
     weight_bytes: int | None = None
     """Of one weight, where the engine converts those of the artefact when it loads them."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -69,21 +67,22 @@ def _llama_cpp(kind: str) -> Recipe:
     return Recipe(("gguf_f32",), LLAMA_CPP, command, ".gguf")
 
 
-def _export(dtype: str, logits: str) -> Recipe:
+def _export(dtype: str) -> Recipe:
     def command(places: Places, output: Path) -> Command:
         pe_onnx = [str(places["python:ours"]), "-c", COMMAND_LINE, "export"]
         paths = ["--model", str(places["checkpoint"]), "-o", str(output), "--force"]
-        return [*pe_onnx, *paths, "--dtype", dtype, "--logits", logits]
+        return [*pe_onnx, *paths, "--dtype", dtype]
 
     return Recipe(("checkpoint",), OURS, command)
 
 
-def _quantize(bits: int, source: str) -> Recipe:
+def _quantize(bits: int, *options: str) -> Recipe:
     def command(places: Places, output: Path) -> Command:
         pe_onnx = [str(places["python:ours"]), "-c", COMMAND_LINE, "quantize"]
-        return [*pe_onnx, str(places[source]), "-o", str(output), "--bits", str(bits), "--block", str(BLOCK)]
+        paths = [str(places["ours_fp32"]), "-o", str(output)]
+        return [*pe_onnx, *paths, "--bits", str(bits), "--block", str(BLOCK), *options]
 
-    return Recipe((source,), OURS, command)
+    return Recipe(("ours_fp32",), OURS, command)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -102,17 +101,14 @@ RECIPES: dict[str, Recipe] = {
     "gguf_q8_0": _llama_cpp("Q8_0"),
     "gguf_q4_0": _llama_cpp("Q4_0"),
     "gguf_q4_1": _llama_cpp("Q4_1"),
-    "genai_fp32": _genai("fp32", True),
-    "genai_int4": _genai("int4", True),
-    "genai_int4_all": _genai("int4", False),
-    "ours_fp32": _export("fp32", "last"),
-    "ours_fp16": _export("fp16", "last"),
-    "ours_fp32_all": _export("fp32", "all"),
-    "ours_fp16_all": _export("fp16", "all"),
-    "ours_int8": _quantize(8, "ours_fp32"),
-    "ours_int4": _quantize(4, "ours_fp32"),
-    "ours_int8_all": _quantize(8, "ours_fp32_all"),
-    "ours_int4_all": _quantize(4, "ours_fp32_all"),
+    "genai_fp32": _genai("fp32", False),
+    "genai_int4": _genai("int4", False),
+    "genai_int4_pruned": _genai("int4", True),
+    "ours_fp32": _export("fp32"),
+    "ours_fp16": _export("fp16"),
+    "ours_int8": _quantize(8),
+    "ours_int4": _quantize(4),
+    "ours_int4_kv8": _quantize(4, "--cache", "int8"),
     "optimum_fp32": Recipe(
         ("checkpoint",),
         OPTIMUM,
@@ -127,12 +123,22 @@ RECIPES: dict[str, Recipe] = {
 """Artefacts but the checkpoint, by name."""
 
 CONTESTANTS = [
-    Contestant("ours_fp32", "pe-onnx fp32", 32, OURS, "peer_ours.py", "ours_fp32", 4, "ours_fp32_all"),
-    Contestant("ours_fp16", "pe-onnx fp16", 16, OURS, "peer_ours.py", "ours_fp16", 2, "ours_fp16_all"),
-    Contestant("ours_int8", "pe-onnx int8", 8, OURS, "peer_ours.py", "ours_int8", 4, "ours_int8_all"),
-    Contestant("ours_int4", "pe-onnx int4", 4, OURS, "peer_ours.py", "ours_int4", 4, "ours_int4_all"),
+    Contestant("ours_fp32", "pe-onnx fp32", 32, OURS, "peer_ours.py", "ours_fp32", 4),
+    Contestant("ours_fp16", "pe-onnx fp16", 16, OURS, "peer_ours.py", "ours_fp16", 2),
+    Contestant("ours_int8", "pe-onnx int8", 8, OURS, "peer_ours.py", "ours_int8", 4),
+    Contestant("ours_int4", "pe-onnx int4", 4, OURS, "peer_ours.py", "ours_int4", 4),
+    Contestant("ours_int4_kv8", "pe-onnx int4, int8 cache", 4, OURS, "peer_ours.py", "ours_int4_kv8", 1),
     Contestant("genai_fp32", "onnxruntime-genai fp32", 32, GENAI, "peer_genai.py", "genai_fp32", 4),
-    Contestant("genai_int4", "onnxruntime-genai int4", 4, GENAI, "peer_genai.py", "genai_int4", 4, "genai_int4_all"),
+    Contestant("genai_int4", "onnxruntime-genai int4", 4, GENAI, "peer_genai.py", "genai_int4", 4),
+    Contestant(
+        "genai_int4_pruned",
+        "onnxruntime-genai int4, prune_lm_head",
+        4,
+        GENAI,
+        "peer_genai.py",
+        "genai_int4_pruned",
+        4,
+    ),
     Contestant(
         "llama_cpp_f32",
         "llama.cpp F32",
@@ -176,6 +182,7 @@ QUALITY = [
     "ours_fp16",
     "ours_int8",
     "ours_int4",
+    "ours_int4_kv8",
     "genai_int4",
     "llama_cpp_q8_0",
     "llama_cpp_q4_0",

@@ -19,7 +19,7 @@ from peer_contestants import GENAI, LLAMA_CPP, OPTIMUM, OURS, interpreter
 REQUIREMENTS: dict[str, list[str]] = {
     GENAI: ["onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "numpy==2.4.6"],
     LLAMA_CPP: ["llama-cpp-python==0.3.36"],
-    OPTIMUM: ["optimum[onnxruntime]"],
+    OPTIMUM: ["torch==2.13.0", "optimum[onnxruntime]"],
 }
 BUILD_VARIABLES = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}
 """llama-cpp-python has no wheels and is compiled, for this machine's instructions, without its part for images."""

@@ -137,18 +137,16 @@ def measure_quality(
     for model in models:
         artefacts = Artefacts(cache, model, threads)
         starts, failed = {}, {}
-        for contestant in (c for c in contestants if c.name in QUALITY):
+        for contestant in (c for c in contestants if c.name in QUALITY and (model == ORIGINAL or c.bits == 4)):
             try:
-                artefact = contestant.quality_artefact or contestant.artefact
-                starts[contestant.name] = starter(artefacts, contestant, artefact)
+                starts[contestant.name] = starter(artefacts, contestant, contestant.artefact)
             except SetupError as error:
                 click.echo(f"{contestant.name}: {error}", err=True)
                 failed[contestant.name] = {"error": str(error)}
         reference = starter(artefacts, REFERENCE, REFERENCE.artefact)
         figures = peer_quality.measure(starts, reference, artefacts.path(CHECKPOINT), text)
         for contestant in (c for c in contestants if c.name in starts):
-            artefact = contestant.quality_artefact or contestant.artefact
-            figures[contestant.name]["file_bytes"] = size(artefacts.path(artefact))
+            figures[contestant.name]["file_bytes"] = size(artefacts.path(contestant.artefact))
         result[model] = {**figures, **failed}
     return result, origin
 

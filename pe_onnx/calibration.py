@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from pe_onnx.bundle import Bundle
 from pe_onnx.kv_cache import InPlaceCache
 from pe_onnx.session import Session
+from pe_onnx.tokenizer import load_tokenizer
+
+TEXT = Path(__file__).with_name("calibration.txt")
+"""Prose, a dialogue, code, figures and a table, written for this."""
 
 TOKENS = 512
 """Of the text."""
@@ -37,4 +42,7 @@ def scales_of(bundle: Bundle) -> list[tuple[Any, Any]]:
 def calibration_tokens(bundle: Bundle) -> list[int]:
     """Of a text where the bundle has a tokenizer, else random ones; at most TOKENS, and no more than it can take."""
     limit = min(TOKENS, bundle.trained_length or TOKENS, bundle.max_length or TOKENS)
+    if bundle.manifest["tokenizer"] is not None:
+        tokens = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"]).encode(TEXT.read_text("utf-8"))
+        return [int(token) for token in tokens[:limit]]
     return np.random.default_rng(0).integers(0, bundle.shape["vocab_size"], limit).tolist()

@@ -1,4 +1,5 @@
-"""The check of bundles for CI: parity, quality, sessions against each other, latency, budgets and regressions, one verdict."""
+"""The check of bundles for CI: parity, quality, sessions against each other, latency, budgets and regressions; one
+verdict."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ LAYERS = [
     ("sources",),
     ("cached_rows",),
     ("kv_cache", "tokenizer", "sampling"),
+    ("calibration",),
     ("quantization",),
     ("beam_search", "memory_plan"),
     ("generate", "contestants", "yardstick"),
