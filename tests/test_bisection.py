@@ -229,6 +229,7 @@ def test_another_checkpoint_as_the_reference(bundles: Bundles, tmp_path: Path) -
     assert "is not PyTorch's" in found.text
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder(t5_bundles: Bundles, tmp_path: Path) -> None:
     right = t5_bundles("t5")
     assert bisect(right, tokens=24, modes=["encoder", "whole", "ragged"]) is None

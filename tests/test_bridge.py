@@ -272,6 +272,7 @@ def test_permuted_queries_and_keys_fail(tmp_path: Path, folders: Folders, export
     assert check_parity(bundle, tmp_path / "permuted", tokens=80, modes=["steps"]).relative_error > 0.1
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_tolerance_at_any_length(tmp_path: Path) -> None:
     """1,500 tokens: frequencies rounded to float16 are off by a large angle there, and by none at 64."""
     checkpoints.write(tmp_path / "c", "llama", max_position_embeddings=2048)

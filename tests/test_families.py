@@ -42,17 +42,7 @@ PLAIN = {
 }
 """On one target alone: what they differ in from others, their family's code or a spelling, no target knows of."""
 FAST = {
-    *(
-        "llama",
-        "llama_longrope",
-        "qwen2_window",
-        "gemma2",
-        "gemma3_text",
-        "smollm3",
-        "llama4_text",
-        "cohere",
-        "gpt_oss",
-    ),
+    *("llama_longrope", "qwen2_window", "gemma2", "gemma3_text", "smollm3", "llama4_text", "cohere", "gpt_oss"),
     *("opt_350m", "xglm", "mpt_six_heads", "falcon_new", "falcon_alibi"),
 }
 """One for each thing that a family can have."""

@@ -63,7 +63,7 @@ FAST = {
         *("learned_offset", "alibi_falcon", "t5_bias_per_layer", "fire", "kerple_log", "xpos"),
         *("rope_yarn", "rope_dynamic", "rope_longrope", "rope_two_bases", "rope_interleaved"),
     },
-    "portable": {"alibi_falcon", "fire", "rope_dynamic", "rope_nope"},
+    "portable": {"alibi_falcon", "fire", "rope_nope"},
 }
 """One of each kind; the others are a sweep."""
 

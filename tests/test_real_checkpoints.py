@@ -125,7 +125,8 @@ def test_mathformer_answers_every_question(operation: str, tmp_path: Path) -> No
     assert right(tmp_path / "b", operation) == COUNTS[operation]
 
 
-@pytest.mark.parametrize("operation", ["sub", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mul", "div"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", QUESTIONS)
 def test_mathformer_without_rope_gets_many_wrong(operation: str, tmp_path: Path) -> None:
     """The twin: linear scaling by 1e9 leaves every angle at 0."""
     shutil.copytree(package_folder("mathformer") / f"{operation}former", tmp_path / "c")

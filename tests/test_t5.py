@@ -35,7 +35,7 @@ TOKENS = 300
 """Past the farthest bucket, 128."""
 ENDS = t5_models.ENDS
 
-FAST = [("umt5", "ort"), ("few_buckets", "portable")]
+FAST = [("umt5", "ort")]
 TURNS = [(name, ("ort", "portable")[i % 2]) for i, name in enumerate((*t5_models.VARIANTS, *t5_models.REALISTIC))]
 """Each variant on one target, in turn."""
 
@@ -233,6 +233,7 @@ def test_a_wrong_bias_is_found_at_export(wrong: str, tmp_path: Path, monkeypatch
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     """T5's wo stays in float32, as in transformers."""
     t5_models.write(tmp_path / "checkpoint", "t5_v1_1")

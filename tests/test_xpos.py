@@ -87,6 +87,7 @@ def test_a_longer_text_is_refused(target: str, tmp_path: Path) -> None:
         pe_onnx.load(tmp_path / "bundle").cache(1).prefill([[1] * (bundle.max_length + 1)])
 
 
+@pytest.mark.slow
 def test_half_precision_has_its_own_limit(tmp_path: Path) -> None:
     fields = {"max_position_embeddings": 16_384}
     pe_onnx.export(encoding="xpos", dtype="fp16", config=fields, output=tmp_path / "bundle")
