@@ -197,7 +197,10 @@ def quality(check: BundleCheck, subject: Subject) -> None:
         f"{report.bits:.4g} bits a {report.unit} for {report.reference_bits:.4g} on {report.on}"
     )
     finding.figures = {"kl": report.kl, "max_kl": report.limit.kl}
-    finding.figures |= {f"bits_per_{report.unit}": report.bits, f"reference_bits_per_{report.unit}": report.reference_bits}
+    finding.figures |= {
+        f"bits_per_{report.unit}": report.bits,
+        f"reference_bits_per_{report.unit}": report.reference_bits,
+    }
     if not report.kl_passed:
         finding.message += "; quantize with --bits 8, a smaller --block, or --exclude what is most sensitive"
     check.findings.append(finding)

@@ -31,6 +31,7 @@ TEXT = Path(__file__).with_name("quality.txt")
 ROWS, ROW_TOKENS = 8, 160
 """Of a text at most; the rows run at once."""
 RANDOM_ROWS, RANDOM_TOKENS = 4, 96
+NO_LIMIT = Limit(math.inf, "")
 WEIGHT_FACTOR = 2.0
 """A weight's error may be this many times that of rounding to the nearest of even steps."""
 
@@ -66,7 +67,7 @@ class QualityReport:
     """PyTorch's."""
     spread: float = 0.0
     """Standard deviation of PyTorch's logits."""
-    limit: Limit = Limit(math.inf, "")
+    limit: Limit = NO_LIMIT
     weights: list[WeightError] = field(default_factory=list)
     """Of each rounded weight; empty where the reference is a function, which shows none."""
     seconds: float = 0.0
@@ -131,7 +132,9 @@ def measure_quality(
         weights.extend(_weight_errors(module, bundle))
         return module
 
-    compared = prepare(folder, reference, rows=rows, modes=["steps"], provider=provider, threads=threads, hold=watch, kernels=True)
+    compared = prepare(
+        folder, reference, rows=rows, modes=["steps"], provider=provider, threads=threads, hold=watch, kernels=True
+    )
     if compared.requests is not None:  # each row's decoder goes on where its source ends
         compared.retarget([[bundle.start_token or 0, *rows[(b + 1) % len(rows)]] for b in range(len(rows))])
     report = QualityReport(str(folder), compared.name, on, unit, spread=compared.expected.spread, weights=weights)
@@ -145,7 +148,9 @@ def measure_quality(
     return report
 
 
-def _rows(bundle: Bundle, text: str | Path | None, seed: int) -> tuple[list[list[int]], list[tuple[int, int]], str, str]:
+def _rows(
+    bundle: Bundle, text: str | Path | None, seed: int
+) -> tuple[list[list[int]], list[tuple[int, int]], str, str]:
     """Token ids, what each row has of units with and without its first token, where they are from, and the unit."""
     limit = min(bundle.max_length or ROW_TOKENS, ROW_TOKENS)
     if bundle.manifest["tokenizer"] is None:

@@ -135,7 +135,9 @@ def test_a_tied_head_stands_in_the_file_once(bundles: Bundles, tmp_path: Path, t
     assert abs(held[False] - held[True] - parameters * 5 // 8) < 8192  # 4 bits and a 32nd of a scale; pages
 
 
-@pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"target": "portable"}, {"target": "portable", "dtype": "fp16"}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "fp16"}, {"target": "portable"}, {"target": "portable", "dtype": "fp16"}]
+)
 def test_other_dtypes_and_targets(bundles: Bundles, tmp_path: Path, options: dict[str, Any]) -> None:
     made = quantize(bundles("alibi", **options), tmp_path / "q", symmetric=False)
     assert made.manifest["proof"]["verified"]
@@ -168,9 +170,7 @@ def test_excluded_weights_keep_their_precision(bundles: Bundles, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("external")
-def test_weights_are_rounded_one_at_a_time(
-    bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_rounded_one_at_a_time(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what was read and what was made before nothing is alive when the next matrix is rounded."""
     alive: list[int] = []
     seen: list[Any] = []

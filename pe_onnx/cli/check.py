@@ -84,7 +84,8 @@ def command(
     update_baseline: bool,
     **given: Any,
 ) -> None:
-    """Check bundles against PyTorch, what quantizing them costs, against themselves in other sessions, and against budgets and a baseline.
+    """Check bundles against PyTorch, against themselves in other sessions, and against budgets and a baseline; of
+    quantized ones what rounding their weights costs.
 
     DIR is a folder or a quoted pattern such as 'bundles/*'. Without one, pe-onnx.toml, or [tool.pe-onnx.check] of
     pyproject.toml, says what to check; options come before what it says. Where parity fails, the first node at which
@@ -138,7 +139,9 @@ def _entries(bundles: Sequence[str], suite: Suite | None, given: dict[str, Any])
         own = {Path(entry.path).resolve(): entry for entry in listed}
         named = expand([Entry(text) for text in bundles])
         listed = [dataclasses.replace(own.get(Path(entry.path).resolve(), entry), path=entry.path) for entry in named]
-    overridden: dict[str, Any] = {name: None for name in ("reference", "modes", "tolerance", "max_kl") if given[name] is not None}
+    overridden: dict[str, Any] = {
+        name: None for name in ("reference", "modes", "tolerance", "max_kl") if given[name] is not None
+    }
     return [dataclasses.replace(entry, **overridden) for entry in listed]
 
 
