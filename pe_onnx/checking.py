@@ -1,5 +1,4 @@
-"""The check of bundles for CI: parity, quality, sessions against each other, latency, budgets and regressions; one
-verdict."""
+"""The check of bundles for CI: parity, quality, sessions, latency, budgets and regressions, one verdict."""
 
 from __future__ import annotations
 
@@ -57,8 +56,9 @@ def check(
     bundles: folders, or Entries, whose own settings come before those given here. reference, modes, tolerance, tokens,
     seed and threads are ``check_parity``'s, and a reference may be ``module:attribute`` too, importable from the
     working directory or a folder of ``import_from``. text and max_kl are ``measure_quality``'s, of quantized bundles.
-    quality, matrix and latency: False leaves a part out, and the report says so. budget_s: seconds of measuring latency a bundle; what the baseline is about has a time of its own. baseline: a
-    file of ``write_baselines``; a bundle fails that is slower by more than ``max_regression``, a share, relative to it.
+    quality, matrix and latency: False leaves a part out, and the report says so. budget_s: seconds of measuring
+    latency a bundle; what the baseline is about has a time of its own. baseline: a file of ``write_baselines``; a
+    bundle fails that is slower by more than ``max_regression``, a share, relative to it.
     update_baseline: measure and write that file instead, other entries kept unless they are of another format, but none
     of a bundle whose parity fails. progress is called as a part of a bundle begins, PARTS times a bundle and provider;
     finished as a bundle is done on a provider.

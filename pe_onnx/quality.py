@@ -31,6 +31,7 @@ TEXT = Path(__file__).with_name("quality.txt")
 ROWS, ROW_TOKENS = 8, 160
 """Of a text at most; the rows run at once."""
 RANDOM_ROWS, RANDOM_TOKENS = 4, 96
+NO_LIMIT = Limit(math.inf, "")
 WEIGHT_FACTOR = 2.0
 """A weight's error may be this many times that of rounding to the nearest of even steps."""
 
@@ -66,7 +67,7 @@ class QualityReport:
     """PyTorch's."""
     spread: float = 0.0
     """Standard deviation of PyTorch's logits."""
-    limit: Limit = Limit(math.inf, "")
+    limit: Limit = NO_LIMIT
     weights: list[WeightError] = field(default_factory=list)
     """Of each rounded weight; empty where the reference is a function, which shows none."""
     seconds: float = 0.0

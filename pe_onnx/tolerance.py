@@ -40,6 +40,9 @@ class Rule(NamedTuple):
 RULES = {"fp32": Rule(24, 143.0, 2), "fp16": Rule(11, 9.0, 14), "int8": Rule(8, 9.0, 14)}
 """By the dtype in which products are computed."""
 
+KL_FACTOR, ACTIVATION = 3.2, 1.5
+"""Of ``kl_limit``."""
+
 PROOF = 2.0
 """The proof at export allows this many times ``error``: its few tokens have a spread of their own."""
 
@@ -95,8 +98,25 @@ class Limit(NamedTuple):
 
 
 def kl_limit(bundle: Bundle, rounding: float, spread: float) -> Limit:
-    """rounding: root mean square error of the weights, relative to theirs. spread: of the reference's logits."""
-    return Limit(math.inf, "none")
+    """What a quantized bundle may cost.
+
+    A weight that is off by e of its size moves what it makes by e, and the logits by about as much of their spread
+    whatever the depth, since residual branches are small where there are many. Small moves d of the logits cost a KL
+    divergence of half their variance::
+
+        KL <= (factor e spread)^2 / 2      e^2 = rounding^2 + (activation u)^2
+
+    rounding: root mean square of e over the weights, as even steps explain it. Activations in int8 have an e of their
+    own, u = 2^-8. spread: standard deviation of the reference's logits.
+    """
+    int8 = bundle.quantization is not None and bundle.quantization["accuracy_level"] == 4
+    activation = ACTIVATION * 2.0**-8 if int8 else 0.0
+    error = math.hypot(rounding, activation)
+    kl = (KL_FACTOR * error * spread) ** 2 / 2
+    derived = (
+        f"({KL_FACTOR:g} e {spread:.3g})^2 / 2, e = {error:.3g} of weights{' and int8 activations' if int8 else ''}"
+    )
+    return Limit(kl, f"quantized: {derived}: {kl:.2g} nats a token")
 
 
 def given_kl(kl: float) -> Limit:

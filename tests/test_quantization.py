@@ -225,7 +225,7 @@ def test_the_proof_does_not_take_our_word(bundles: Bundles, tmp_path: Path, monk
         return rounded - np.repeat(blocks.scales, rounded.shape[1] // blocks.scales.shape[1], 1)
 
     monkeypatch.setattr(block_quantization, "dequantize_blocks", off_by_one)
-    with pytest.raises(ExportError, match="does not compute what .* computes with the rounded weights"):
+    with pytest.raises(ExportError, match=r"does not compute what .* computes with the rounded weights"):
         quantize(bundles("rope"), tmp_path / "q")
     assert not list(tmp_path.iterdir())
 

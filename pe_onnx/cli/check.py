@@ -84,7 +84,8 @@ def command(
     update_baseline: bool,
     **given: Any,
 ) -> None:
-    """Check bundles against PyTorch, what quantizing them costs, against themselves in other sessions, and against budgets and a baseline.
+    """Check bundles against PyTorch, against themselves in other sessions, and against budgets and a baseline; of
+    quantized ones what rounding their weights costs.
 
     DIR is a folder or a quoted pattern such as 'bundles/*'. Without one, pe-onnx.toml, or [tool.pe-onnx.check] of
     pyproject.toml, says what to check; options come before what it says. Where parity fails, the first node at which
