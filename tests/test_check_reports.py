@@ -15,7 +15,7 @@ import jsonschema
 import junitparser
 import numpy as np
 import pytest
-from check_documents import bench, divergence, matrix, mode, parity, regression
+from check_documents import bench, divergence, matrix, mode, parity, quality, regression
 from markdown_it import MarkdownIt
 
 from pe_onnx.check_junit import legal, to_junit
@@ -23,7 +23,7 @@ from pe_onnx.check_markdown import fence, text, to_markdown
 from pe_onnx.check_report import COLUMNS, SCHEMA, BundleCheck, CheckReport, Finding
 
 NASTY = "a|b <script>&\x1b[31m\x00 `x` ``y`` *z* _w_ [l](u) #1 ]]> \ud800 \x85 \u2028 é\n| second | line |"
-PARTS = ("parity", "divergence", "sessions", "regression")
+PARTS = ("parity", "divergence", "quality", "sessions", "regression")
 FALLEN = {"session": "a", "node": "n", "operator": "pe_onnx::AlibiBias", "provider": "cpu"}
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text("utf-8")))
 
@@ -49,6 +49,7 @@ def report() -> CheckReport:
     bad = BundleCheck(f"bundles/{NASTY}", NASTY, "cuda", "alibi", "ort", "fp16", 1.0)
     bad.parity = parity(mode("whole", math.inf, False), mode("steps", 0.25, False)).to_dict()
     bad.sessions = matrix(["a", "b"], [[0.0, math.inf], [math.inf, 0.0]], [FALLEN]).to_dict()
+    bad.quality = {**quality().to_dict(), "limit": {"kl": 0.5, "rule": "given"}}
     bad.regression = regression(0.2, 0.1).to_dict()
     bad.divergence = divergence(NASTY, row=np.int64(3))
     bad.findings = [
@@ -68,6 +69,9 @@ def report() -> CheckReport:
         "tokens": None,
         "seed": 0,
         "threads": 0,
+        "text": None,
+        "max_kl": None,
+        "quality": True,
         "matrix": True,
         "latency": True,
         "budget_s": 20.0,
