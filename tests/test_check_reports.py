@@ -217,6 +217,8 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
         "cpu",
         "1.0e-06/5.0e-05",
         "100%",
+        "-",
+        "-",
         "2 agree",
         "3.71/4.79",
         "2,346",
