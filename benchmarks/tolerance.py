@@ -149,14 +149,14 @@ def main(
         return
     if quantized:
         document["quantized"] = []
-        cases = [
+        cases: list[tuple[str, dict[str, Any]]] = [
             (f"{e}, {d} layers", {"encoding": e, "config": {"num_hidden_layers": int(d)}})
             for e, d in itertools.product(encodings.split(","), ("2", "8"))
         ]
         source = smollm2() if checkpoint else None
-        for model, options in [*cases, *([(SMOLLM2, {"model": source})] if source is not None else [])]:
+        for model, made in [*cases, *([(SMOLLM2, {"model": source})] if source is not None else [])]:
             with tempfile.TemporaryDirectory() as folder:
-                pe_onnx.export(output=Path(folder, "bundle"), verify=False, **options)  # type: ignore[arg-type]
+                pe_onnx.export(output=Path(folder, "bundle"), verify=False, **made)
                 for bits in (4, 8):
                     document["quantized"].append({"model": model, **measure_quantized(Path(folder, "bundle"), bits)})
                     click.echo(document["quantized"][-1], err=True)

@@ -173,7 +173,7 @@ def quality(check: BundleCheck, subject: Subject) -> None:
     """What the rounding of a quantized bundle costs."""
     from pe_onnx.quality import measure_quality
 
-    asked = {"text": subject.text, "max_kl": subject.max_kl, "seed": subject.seed}
+    asked: dict[str, Any] = {"text": subject.text, "max_kl": subject.max_kl, "seed": subject.seed}
     try:
         report = measure_quality(
             subject.folder, subject.reference, provider=subject.provider, threads=subject.threads, **asked

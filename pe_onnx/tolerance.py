@@ -47,6 +47,10 @@ RULES = {"fp32": Rule(24, 143.0, 2), "fp16": Rule(11, 9.0, 14), "int8": Rule(8, 
 
 KL_FACTOR, ACTIVATION = 3.2, 1.5
 """Of ``kl_limit``, and of int8 activations in blocks, relative to u."""
+KL_RULE = (
+    f"quantized: KL <= ({KL_FACTOR:g} e s)^2 / 2 nats a token, e what even steps of weights and int8 activations are "
+    f"off by (root mean square), s the logits' spread"
+)
 
 PROOF = 2.0
 """The proof at export allows this many times ``error``: its few tokens have a spread of their own."""

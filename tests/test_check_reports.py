@@ -227,7 +227,7 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
     ]
     assert rows[2][2:4] == ["not finite/5.0e-05", "50%"]
     assert rows[2][-1] == "<strong>FAIL</strong>"
-    assert rows[3] == ["nothing", "cpu", *["-"] * 6, "<strong>FAIL</strong>"]
+    assert rows[3] == ["nothing", "cpu", *["-"] * 8, "<strong>FAIL</strong>"]
     modes = cells(tables[1])
     assert [len(row) for row in modes] == [5, 5, 5]
     assert modes[1][-1] == "row 0, position 17 | &lt;b&gt;"
