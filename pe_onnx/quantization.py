@@ -25,6 +25,7 @@ from pe_onnx.errors import ConfigError, ExportError, needs
 with needs("quantization", "'pe-onnx[export]'"):
     import onnx_ir as ir
 
+from pe_onnx.passes.nodes import attribute
 from pe_onnx.passes.quantized_cache import QuantizedCache
 from pe_onnx.passes.quantized_weights import QuantizedWeights, Rounding, rounded_weights
 from pe_onnx.tolerance import PROOF, tolerance_for, tolerance_of
@@ -37,6 +38,9 @@ ACCURACY_LEVEL = 4
 A decode step of SmolLM2-135M takes a quarter of the time with 4, a prompt of 256 tokens three quarters with 1: prompts
 have a graph of their own over the same weights.
 """
+
+HEAD_BITS = 8
+"""Of the token embedding and the head, where nobody says: at 4 they cost SmolLM2-135M as much as all other weights."""
 
 BLOCK = 32
 """Weights that share a scale, where nobody says."""
@@ -56,7 +60,8 @@ def quantize(
     *,
     bits: int | None = 4,
     block: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool = False,
+    head_bits: int | None = None,
     exclude: Sequence[str] = (),
     accuracy_level: int | None = None,
     cache: str | None = None,
@@ -68,16 +73,18 @@ def quantize(
 
     bits: 4 or 8; None leaves weights as they are. block: weights of a row that share a scale, 16 to 256; it must divide
     every row. Default 32, or 16 where 32 does not divide. symmetric: integers around 0; otherwise each block has a zero
-    point too. exclude: patterns (``*.lm_head.*``) of weights that keep their precision. accuracy_level: onnxruntime's,
-    1 for activations in float32, 4 for int8; default 4. cache: ``int8`` for keys and values of target ``ort``, with a
-    scale for each channel, calibrated on a text. verify: run the new bundle against the old one with the rounded
-    weights. Raises ConfigError for options that are none, and a bundle that is quantized already; ExportError where the
-    proof fails; then nothing is written.
+    point too. head_bits: of the token embedding and the head, 4 or 8; default 8. exclude: patterns (``*.lm_head.*``) of
+    weights that keep their precision. accuracy_level: onnxruntime's, 1 for activations in float32, 4 for int8; default
+    4. cache: ``int8`` for keys and values of target ``ort``, with a scale for each channel, calibrated on a text.
+    verify: run the new bundle against the old one with the rounded weights. Raises ConfigError for options that are
+    none, and a bundle that is quantized already; ExportError where the proof fails; then nothing is written.
     """
     if bits not in (None, *blocks.BITS):
         raise ConfigError(f"bits = {bits} must be one of {', '.join(map(str, blocks.BITS))}")
     if block not in (None, *blocks.BLOCKS):
         raise ConfigError(f"block = {block} must be one of {', '.join(map(str, blocks.BLOCKS))}")
+    if head_bits not in (None, *blocks.BITS):
+        raise ConfigError(f"head_bits = {head_bits} must be one of {', '.join(map(str, blocks.BITS))}")
     if accuracy_level not in (None, 1, 4):
         raise ConfigError(f"accuracy_level = {accuracy_level} must be 1 or 4")
     if cache not in (None, "int8"):
@@ -97,7 +104,9 @@ def quantize(
     if bits is not None:
         level = ACCURACY_LEVEL if accuracy_level is None else accuracy_level
         rounding = Rounding(bits, block or BLOCK, symmetric, level)
-        held = _round(models, source, rounding, tuple(exclude), (16,) if block is None else ())
+        smaller, vocab_size = (16,) if block is None else (), source.shape["vocab_size"]
+        weights = QuantizedWeights(rounding, tuple(exclude), smaller, (vocab_size, head_bits or HEAD_BITS))
+        held = _round(models, source, weights)
     manifest = copy.deepcopy(dict(source.manifest))
     manifest["graph"] = described({name: models[name] for name in source.graphs})
     manifest["proof"] = {"verified": False}
@@ -126,33 +135,37 @@ def quantize(
     return read_bundle(output, verify=False)
 
 
-def _round(
-    models: dict[str, ir.Model], source: Bundle, rounding: Rounding, exclude: tuple[str, ...], smaller: tuple[int, ...]
-) -> dict[str, Any]:
+def _round(models: dict[str, ir.Model], source: Bundle, weights: QuantizedWeights) -> dict[str, Any]:
     """Round the weights of a bundle's graphs, add the graph for prompts, and return the manifest's entry."""
-    weights = QuantizedWeights(rounding, exclude, smaller)
-    prompts = rounding.accuracy_level == 4 and source.crossing is None
-    if prompts:  # the same weights again: many rows at once are multiplied quicker in float
+    rounding, vocab_size = weights.rounding, source.shape["vocab_size"]
+    if rounding.accuracy_level == 4 and source.crossing is None:  # many rows at once are multiplied quicker in float
         models[PROMPT] = ir.load(source.model)
     for name, model in models.items():
         weights(model)
         _drop_unread(model)
-        if name in (PROMPT, ENCODER):
-            for node in model.graph:
-                if node.op_type == "MatMulNBits":
-                    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        for node in model.graph if name in (PROMPT, ENCODER) else ():
+            one_row = source.logits == "last" and attribute(node, "N", 0) == vocab_size
+            if node.op_type == "MatMulNBits" and not one_row:
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
         model.metadata_props["pe_onnx.quantization"] = f"int{rounding.bits}, blocks of {rounding.block}"
     weights.finish()
+    stored = {made.name: made for made in weights.rounded.values()}.values()
     scale_bits = 8 * np.dtype(source.dtype).itemsize
+    bits = sum(made.N * made.K * blocks.bits_per_weight(*_of(made.rounding), scale_bits) for made in stored)
     return {
         "bits": rounding.bits,
+        "head_bits": weights.head and weights.head[1],
         "block": rounding.block,
         "symmetric": rounding.symmetric,
         "accuracy_level": rounding.accuracy_level,
-        "bits_per_weight": blocks.bits_per_weight(rounding.bits, rounding.block, rounding.symmetric, scale_bits),
+        "bits_per_weight": round(bits / sum(made.N * made.K for made in stored), 3),
         "weights": len(weights.rounded),
         "kept": sorted(weights.kept),
     }
+
+
+def _of(rounding: Rounding) -> tuple[int, int, bool]:
+    return rounding.bits, rounding.block, rounding.symmetric
 
 
 def _copy_assets(source: Bundle, folder: Path) -> None:
@@ -190,7 +203,7 @@ def _prove(source: Bundle, rounded: Bundle, cache: str | None) -> dict[str, Any]
         )
     kernels = _allowed("with onnxruntime's kernels for few bits", rounded, _logits(rounded), want)
     proof |= {"relative_error": float(f"{error:.2e}"), "allowed": allowed}
-    if (rounded.folder / PROMPT).exists() and not (error := _off(_logits(rounded, graph=PROMPT), want)) <= allowed:
+    if (rounded.folder / PROMPT).exists() and not (error := _off(_logits(rounded, LEAN, PROMPT), want)) <= allowed:
         raise ExportError(
             f"the graph for prompts is off by {error:.1e} of the logits' spread, allowed are {allowed:.1e}; nothing "
             f"was written"

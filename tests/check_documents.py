@@ -10,6 +10,7 @@ from pe_onnx.bench_report import BenchReport, Decode, Figures
 from pe_onnx.divergence import Difference, Divergence, InputStatistics
 from pe_onnx.machine import describe_machine, versions
 from pe_onnx.parity_report import Disagreement, ModeResult, ParityReport
+from pe_onnx.quality import QualityReport, WeightError
 from pe_onnx.regression import Regression
 from pe_onnx.relative import Relative
 from pe_onnx.session_matrix import Fallback, SessionMatrix
@@ -40,6 +41,12 @@ def mode(name: str, error: float, passed: bool) -> ModeResult:
 def parity(*modes: ModeResult) -> ParityReport:
     angles = [AngleError(32767, 0.5, float("nan"), 3, "cos", [0, 1], None)]
     return ParityReport("b", "PyTorch", "fp32", ALLOWED, 3.1, list(modes), angles)
+
+
+def quality() -> QualityReport:
+    """Of a bundle that is rounded as it should be, on a text; its divergence is not finite."""
+    weights = [WeightError("layers.0.q_proj.weight", 0.081, 0.086)]
+    return QualityReport("b", "PyTorch", "the built-in text", "byte", 159, 600, float("nan"), weights=weights)
 
 
 def divergence(text: str, **changed: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_a_good_bundle_passes_in_every_part(rope: Path, parts: Parts) -> None:
         "latency": "passed",
         "regression": "skipped",
     }
-    assert [stage.rpartition(": ")[2] for stage in stages] == ["parity", "sessions", "latency", "regression"]
+    assert [stage.rpartition(": ")[2] for stage in stages] == ["parity", "quality", "sessions", "latency", "regression"]
     assert done == [f"{rope}@cpu"]
     assert parts.bisected == []
     assert report.checks[0].encoding == "rope"

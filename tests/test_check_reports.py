@@ -15,7 +15,7 @@ import jsonschema
 import junitparser
 import numpy as np
 import pytest
-from check_documents import bench, divergence, matrix, mode, parity, regression
+from check_documents import bench, divergence, matrix, mode, parity, quality, regression
 from markdown_it import MarkdownIt
 
 from pe_onnx.check_junit import legal, to_junit
@@ -23,7 +23,7 @@ from pe_onnx.check_markdown import fence, text, to_markdown
 from pe_onnx.check_report import COLUMNS, SCHEMA, BundleCheck, CheckReport, Finding
 
 NASTY = "a|b <script>&\x1b[31m\x00 `x` ``y`` *z* _w_ [l](u) #1 ]]> \ud800 \x85 \u2028 é\n| second | line |"
-PARTS = ("parity", "divergence", "sessions", "regression")
+PARTS = ("parity", "divergence", "quality", "sessions", "regression")
 FALLEN = {"session": "a", "node": "n", "operator": "pe_onnx::AlibiBias", "provider": "cpu"}
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text("utf-8")))
 
@@ -49,6 +49,7 @@ def report() -> CheckReport:
     bad = BundleCheck(f"bundles/{NASTY}", NASTY, "cuda", "alibi", "ort", "fp16", 1.0)
     bad.parity = parity(mode("whole", math.inf, False), mode("steps", 0.25, False)).to_dict()
     bad.sessions = matrix(["a", "b"], [[0.0, math.inf], [math.inf, 0.0]], [FALLEN]).to_dict()
+    bad.quality = {**quality().to_dict(), "limit": {"kl": 0.5, "rule": "given"}}
     bad.regression = regression(0.2, 0.1).to_dict()
     bad.divergence = divergence(NASTY, row=np.int64(3))
     bad.findings = [
@@ -68,6 +69,9 @@ def report() -> CheckReport:
         "tokens": None,
         "seed": 0,
         "threads": 0,
+        "text": None,
+        "max_kl": None,
+        "quality": True,
         "matrix": True,
         "latency": True,
         "budget_s": 20.0,
@@ -213,6 +217,8 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
         "cpu",
         "1.0e-06/5.0e-05",
         "100%",
+        "-",
+        "-",
         "2 agree",
         "3.71/4.79",
         "2,346",
@@ -221,7 +227,7 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
     ]
     assert rows[2][2:4] == ["not finite/5.0e-05", "50%"]
     assert rows[2][-1] == "<strong>FAIL</strong>"
-    assert rows[3] == ["nothing", "cpu", *["-"] * 6, "<strong>FAIL</strong>"]
+    assert rows[3] == ["nothing", "cpu", *["-"] * 8, "<strong>FAIL</strong>"]
     modes = cells(tables[1])
     assert [len(row) for row in modes] == [5, 5, 5]
     assert modes[1][-1] == "row 0, position 17 | &lt;b&gt;"

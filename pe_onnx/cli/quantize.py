@@ -17,7 +17,8 @@ from pe_onnx.cli._options import bundle_argument, human_bytes, stages
 @click.option(
     "--block", type=int, metavar="N", help="Weights that share a scale: 16 to 256. [32, or 16 where it does not divide]"
 )
-@click.option("--symmetric/--asymmetric", default=True, help="Without or with a zero point a block. [symmetric]")
+@click.option("--symmetric/--asymmetric", default=False, help="Without or with a zero point a block. [asymmetric]")
+@click.option("--head-bits", type=int, metavar="4|8", help="Of the token embedding and the head. [8]")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights that keep their precision: '*.lm_head.*'.")
 @click.option("--accuracy-level", type=int, metavar="1|4", help="Activations in float32 or int8. [4]")
 @click.option("--cache", metavar="int8", help="Keys and values in int8, a scale for each channel.")
@@ -29,6 +30,7 @@ def command(
     bits: int,
     block: int | None,
     symmetric: bool,
+    head_bits: int | None,
     exclude: tuple[str, ...],
     accuracy_level: int | None,
     cache: str | None,
@@ -50,6 +52,7 @@ def command(
             bits=bits or None,
             block=block,
             symmetric=symmetric,
+            head_bits=head_bits,
             exclude=exclude,
             accuracy_level=accuracy_level,
             cache=cache,

@@ -93,10 +93,17 @@ class QuantizedWeights(ir.passes.InPlacePass):
     pattern that no weight has.
     """
 
-    def __init__(self, rounding: Rounding, exclude: tuple[str, ...] = (), smaller: tuple[int, ...] = ()) -> None:
-        """smaller: blocks for rows that the wanted one does not divide."""
+    def __init__(
+        self,
+        rounding: Rounding,
+        exclude: tuple[str, ...] = (),
+        smaller: tuple[int, ...] = (),
+        head: tuple[int, int] | None = None,
+    ) -> None:
+        """smaller: blocks for rows that the wanted one does not divide. head: the vocabulary's size, and the bits of
+        matrices with as many rows: the token embedding and the head."""
         super().__init__()
-        self.rounding, self.exclude, self.smaller = rounding, exclude, smaller
+        self.rounding, self.exclude, self.smaller, self.head = rounding, exclude, smaller, head
         self.rounded: dict[str, Rounded] = {}
         self.kept: set[str] = set()
         self._by_storage: dict[object, Rounded] = {}
@@ -146,7 +153,8 @@ class QuantizedWeights(ir.passes.InPlacePass):
             return None
         key = (storage_of(tensor), turned)
         if key not in self._by_storage:
-            rounding = replace(self.rounding, block=block)
+            bits = self.head[1] if self.head is not None and self.head[0] == N else self.rounding.bits
+            rounding = replace(self.rounding, block=block, bits=bits)
             made = Rounded(name, _reader(tensor, turned), N, K, tensor.dtype, rounding)
             self._by_storage[key] = self.rounded[name] = made
         return self._by_storage[key]
