@@ -108,6 +108,7 @@ RECIPES: dict[str, Recipe] = {
     "ours_fp16": _export("fp16"),
     "ours_int8": _quantize(8),
     "ours_int4": _quantize(4),
+    "ours_int4_head4": _quantize(4, "--head-bits", "4"),
     "ours_int4_kv8": _quantize(4, "--cache", "int8"),
     "optimum_fp32": Recipe(
         ("checkpoint",),
@@ -127,6 +128,7 @@ CONTESTANTS = [
     Contestant("ours_fp16", "pe-onnx fp16", 16, OURS, "peer_ours.py", "ours_fp16", 2),
     Contestant("ours_int8", "pe-onnx int8", 8, OURS, "peer_ours.py", "ours_int8", 4),
     Contestant("ours_int4", "pe-onnx int4", 4, OURS, "peer_ours.py", "ours_int4", 4),
+    Contestant("ours_int4_head4", "pe-onnx int4, --head-bits 4", 4, OURS, "peer_ours.py", "ours_int4_head4", 4),
     Contestant("ours_int4_kv8", "pe-onnx int4, int8 cache", 4, OURS, "peer_ours.py", "ours_int4_kv8", 1),
     Contestant("genai_fp32", "onnxruntime-genai fp32", 32, GENAI, "peer_genai.py", "genai_fp32", 4),
     Contestant("genai_int4", "onnxruntime-genai int4", 4, GENAI, "peer_genai.py", "genai_int4", 4),
@@ -182,6 +184,7 @@ QUALITY = [
     "ours_fp16",
     "ours_int8",
     "ours_int4",
+    "ours_int4_head4",
     "ours_int4_kv8",
     "genai_int4",
     "llama_cpp_q8_0",

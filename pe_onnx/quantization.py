@@ -20,7 +20,7 @@ import numpy as np
 
 from pe_onnx import block_quantization as blocks
 from pe_onnx.bundle import ENCODER, MANIFEST, PROMPT, WEIGHTS, Bundle, check_output, read_bundle, write_bundle
-from pe_onnx.errors import ConfigError, ExportError, needs
+from pe_onnx.errors import ConfigError, ExportError, first_line, needs
 
 with needs("quantization", "'pe-onnx[export]'"):
     import onnx_ir as ir
@@ -60,7 +60,7 @@ def quantize(
     *,
     bits: int | None = 4,
     block: int | None = None,
-    symmetric: bool = False,
+    symmetric: bool = True,
     head_bits: int | None = None,
     exclude: Sequence[str] = (),
     accuracy_level: int | None = None,
@@ -113,7 +113,10 @@ def quantize(
     manifest["quantization"] = held
     progress("write")
     with write_bundle(output, manifest, force) as folder:
-        save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
+        try:
+            save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
+        except ValueError as error:  # onnx-ir reads no file that has a second name elsewhere
+            raise ExportError(f"the weights of {source.folder} cannot be read: {first_line(error)}") from error
         _copy_assets(source, folder)
         made = Bundle(folder, manifest)
         if verify:

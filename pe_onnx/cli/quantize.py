@@ -17,7 +17,7 @@ from pe_onnx.cli._options import bundle_argument, human_bytes, stages
 @click.option(
     "--block", type=int, metavar="N", help="Weights that share a scale: 16 to 256. [32, or 16 where it does not divide]"
 )
-@click.option("--symmetric/--asymmetric", default=False, help="Without or with a zero point a block. [asymmetric]")
+@click.option("--symmetric/--asymmetric", default=True, help="Without or with a zero point a block. [symmetric]")
 @click.option("--head-bits", type=int, metavar="4|8", help="Of the token embedding and the head. [8]")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights that keep their precision: '*.lm_head.*'.")
 @click.option("--accuracy-level", type=int, metavar="1|4", help="Activations in float32 or int8. [4]")
