@@ -24,7 +24,7 @@ import peer_tables
 from peer_artefacts import CHECKPOINT, Artefacts, SetupError, size
 from peer_bounds import Shape, decode_bound_ms, prefill_bound_s, step_bytes
 from peer_checkpoints import LABELS, ORIGINAL, PERTURBED, held_out_text
-from peer_contestants import HERE, OURS, QUALITY, REFERENCE, Contestant, select
+from peer_contestants import HERE, QUALITY, REFERENCE, Contestant, select
 from peer_environments import environment
 from peer_processes import WorkerError, WorkerProcess
 
@@ -97,7 +97,7 @@ def add_speed(
     rates: dict[str, float],
 ) -> None:
     """Medians, bounds and shares, and the ratio to ours of equal bits."""
-    ours = {c.bits: c.name for c in contestants if c.environment == OURS and c.name.startswith("ours_")}
+    ours = {c.bits: c.name for c in reversed(contestants) if c.name.startswith("ours_")}  # the first of each
     for contestant in (c for c in contestants if c.name in times):
         found, described = times[contestant.name], figures[contestant.name]
         if found.error:
