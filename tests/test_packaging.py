@@ -69,6 +69,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         *modules,
         "pe_onnx/py.typed",
         "pe_onnx/families.json",
+        "pe_onnx/calibration.txt",
         "pe_onnx/quality.txt",
         "pe_onnx/check.schema.json",
     }

@@ -10,12 +10,16 @@ import onnx_ir as ir
 from pe_onnx.passes.nodes import attribute, made_by, same_shape, sizes
 
 MICROSOFT = "com.microsoft"
+PRODUCTS = ("MatMul", "Gemm")
+BEHIND = 6
+"""Operators between a layer's last product and its residual sum, at most: a bias, a norm, a factor, a shape."""
 
 
 class SkipNorms(ir.passes.InPlacePass):
     """``RMSNormalization(a + b)`` or ``LayerNormalization(a + b)``; the sum itself is handed on where others read it.
 
-    a, b ``[B, T, C]`` and the weights have one dtype, and the norm takes the last axis.
+    a, b ``[B, T, C]`` and the weights have one dtype, and the norm takes the last axis. Sums in which no layer's result
+    takes part, as of tokens and positions, stay: they are the encoding's, not the residual's.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -36,6 +40,8 @@ class SkipNorms(ir.passes.InPlacePass):
         weights = norm.inputs[1:]
         shape = sizes(total)
         if a is None or b is None or shape is None or len(shape) != 3 or not same_shape(a, b):
+            return False
+        if not any(map(_of_a_layer, (a, b))):
             return False
         if attribute(norm, "axis", -1) not in (-1, 2) or attribute(norm, "stash_type", 1) != 1:
             return False
@@ -59,3 +65,15 @@ class SkipNorms(ir.passes.InPlacePass):
         for unused in fused.outputs[1:3]:
             unused.name = ""
         return True
+
+
+def _of_a_layer(value: ir.Value | None) -> bool:
+    """Whether a matrix product is among the last few operators that made it."""
+    for _ in range(BEHIND):
+        node = value.producer() if value is not None else None
+        if node is None or not node.inputs:
+            return False
+        if node.op_type in PRODUCTS:
+            return True
+        value = node.inputs[0]
+    return False
