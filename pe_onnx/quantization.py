@@ -142,7 +142,7 @@ def _round(models: dict[str, ir.Model], source: Bundle, weights: QuantizedWeight
     """Round the weights of a bundle's graphs, add the graph for prompts, and return the manifest's entry."""
     rounding, vocab_size = weights.rounding, source.shape["vocab_size"]
     if rounding.accuracy_level == 4 and source.crossing is None:  # many rows at once are multiplied quicker in float
-        models[PROMPT] = ir.load(source.model)
+        models[PROMPT] = models[source.model.name].clone()
     for name, model in models.items():
         weights(model)
         _drop_unread(model)

@@ -155,7 +155,7 @@ def test_a_window_that_is_a_token_too_short_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "kl_too"), [(doubled_scales, True), (wrong_zeros, False)])
 def test_a_bad_rounding_passes_parity_and_fails_quality(rope: Path, fault: Any, kl_too: bool, tmp_path: Path) -> None:
     """Scales of one layer doubled, or its zero points wrong: the bundle computes rightly with wrong weights."""
-    name = f"{LAYER}.v_proj.weight"
+    name = f"{LAYER}.o_proj.weight"
     wrong = planted.plant(rope, tmp_path / "wrong", fault(name))
     assert check_parity(wrong, modes=["whole"]).passed
     report = checked(wrong)

@@ -131,7 +131,7 @@ def test_a_tied_head_stands_in_the_file_once(bundles: Bundles, tmp_path: Path, t
         assert ((table.location, table.offset) == (head.location, head.offset)) is tied
     config = read_bundle(tmp_path / "True").manifest["source"]["config"]
     parameters = config["vocab_size"] * config["hidden_size"]
-    assert abs(held[False] - held[True] - parameters * 5 // 8) < 8192  # 4 bits and a 32nd of a scale; pages
+    assert abs(held[False] - held[True] - parameters * 9 // 8) < 8192  # 8 bits and a 32nd of a scale; pages
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_activations_in_float_are_held_to_the_dtypes_rule(bundles: Bundles, tmp_
 def test_excluded_weights_keep_their_precision(bundles: Bundles, tmp_path: Path) -> None:
     made = quantize(bundles("rope"), tmp_path / "q", exclude=["*.head.*", "*blocks.1.mlp*"])
     kept = made.manifest["quantization"]["kept"]
-    assert len(kept) == 4
+    assert len(kept) == 3  # gate and up are one
     assert {name.split(".")[1] for name in kept} == {"head", "blocks"}
     weights = rounded_weights(ir.load(made.model))
     assert not set(kept) & set(weights)
@@ -192,7 +192,7 @@ MISTAKES: dict[str, list[str]] = {
     "--bits 3": ["bits = 3 must be one of 4, 8"],
     "--block 48": ["block = 48 must be one of 16, 32"],
     "--block 128": ["block = 128 does not divide", "--block", "--exclude"],
-    "--accuracy-level 3": ["accuracy_level = 3 must be 0, 1 or 4"],
+    "--accuracy-level 3": ["accuracy_level = 3 must be 1 or 4"],
     "--exclude *.haed.*": ["exclude = '*.haed.*' matches no weight"],
     "--exclude *": ["no weight is left"],
     "--bits four": ["'four'"],
@@ -211,7 +211,7 @@ def test_twice_and_over_another_are_refused(bundles: Bundles, warm_cli: Cli, tmp
     assert made.returncode == 0, made.stderr
     before = snapshot(tmp_path)
     twice = warm_cli("quantize", "q", "-o", "qq", cwd=tmp_path)
-    refused(twice, 2, "is quantized to 4 bits already", "the one it was made from")
+    refused(twice, 2, "is quantized already", "the one it was made from")
     again = warm_cli("quantize", bundles("rope"), "-o", "q", cwd=tmp_path)
     refused(again, 2, "q", "--force")
     assert snapshot(tmp_path) == before
