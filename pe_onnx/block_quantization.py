@@ -5,8 +5,8 @@ A row of K weights is cut into blocks; a block is small integers q, one scale s 
     w[i] = s (q[i] - z)          q in 0 .. 2^bits - 1;   symmetric: z = 2^(bits - 1), not stored
 
 Scales are searched, not read off the greatest weight: of a few candidates the one whose integers, with the scale that
-fits them best in the mean square, leave the least error. At 4 bits that takes off a tenth of the error of rounding to
-the nearest with the greatest weight's scale, as onnxruntime's own quantizer has it, at the same size and speed.
+fits them best in the mean square, leave the least error. At 4 bits that takes a tenth off the squared error of rounding
+to the nearest with the greatest weight's scale, as onnxruntime's own quantizer has it, at the same size and speed.
 """
 
 from __future__ import annotations

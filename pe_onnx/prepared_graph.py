@@ -7,7 +7,7 @@ bundle, onnxruntime's build and the processor's features, to which it optimises.
 
 Weights in the order that kernels read (``session.save_external_prepacked_constant_initializers``) are not kept:
 onnxruntime 1.32 packs them again to find them by their hash, so that no start is faster, and the file would be as large
-as the weights (benchmarks/session.json).
+as the weights (``benchmarks/session.py`` measures it).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ RECORD_PLACEMENT = {"session.record_ep_graph_assignment_info": "1"}
 DEFAULTS = {"session.intra_op.spin_duration_us": "100"}
 """Session options where none are given. Threads wait for the next operator for 100 us, which is longer than any serial
 operator of a decode step takes, and then sleep: onnxruntime's own 16 to 50 ms take the cores from all else, the next
-run included where cores are shared (benchmarks/session.json)."""
+run included where cores are shared (``benchmarks/session.py`` measures it)."""
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session option: where the weights of a graph lie that is given as bytes."""
