@@ -121,7 +121,8 @@ def quantize(
         made = Bundle(folder, manifest)
         if verify:
             progress("verify")
-            manifest["proof"] = _prove(source, made, cache)
+            want = _wanted(source, made)
+            manifest["proof"] = _prove(source, made, want)
         if cache is not None:
             from pe_onnx.calibration import scales_of
 
@@ -134,7 +135,8 @@ def quantize(
                     manifest["graph"] |= {"operators": described({path.name: model})["operators"]}
             held["cache"] = cache
             if verify:
-                manifest["proof"] |= _prove_cache(source, made)
+                off = _allowed("with keys and values in int8", made, _logits(made), want)
+                manifest["proof"] |= {"relative_error_of_cache": off}
     return read_bundle(output, verify=False)
 
 
@@ -152,9 +154,13 @@ def _round(models: dict[str, ir.Model], source: Bundle, weights: QuantizedWeight
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
         model.metadata_props["pe_onnx.quantization"] = f"int{rounding.bits}, blocks of {rounding.block}"
     weights.finish()
-    stored = {made.name: made for made in weights.rounded.values()}.values()
-    scale_bits = 8 * np.dtype(source.dtype).itemsize
-    bits = sum(made.N * made.K * blocks.bits_per_weight(*_of(made.rounding), scale_bits) for made in stored)
+    scale_bits, stored = 8 * np.dtype(source.dtype).itemsize, weights.rounded.values()
+    bits = sum(
+        made.N
+        * made.K
+        * blocks.bits_per_weight(made.rounding.bits, made.rounding.block, rounding.symmetric, scale_bits)
+        for made in stored
+    )
     return {
         "bits": rounding.bits,
         "head_bits": weights.head and weights.head[1],
@@ -165,10 +171,6 @@ def _round(models: dict[str, ir.Model], source: Bundle, weights: QuantizedWeight
         "weights": len(weights.rounded),
         "kept": sorted(weights.kept),
     }
-
-
-def _of(rounding: Rounding) -> tuple[int, int, bool]:
-    return rounding.bits, rounding.block, rounding.symmetric
 
 
 def _copy_assets(source: Bundle, folder: Path) -> None:
@@ -186,8 +188,16 @@ def _drop_unread(model: ir.Model) -> None:
             del model.graph.initializers[name]
 
 
-def _prove(source: Bundle, rounded: Bundle, cache: str | None) -> dict[str, Any]:
-    """The manifest's entry. Raises ExportError where the two bundles are not one function.
+def _wanted(source: Bundle, rounded: Bundle) -> Any:
+    """What the source gives with the weights that ``rounded`` has."""
+    if rounded.quantization is None or rounded.quantization["bits"] is None:
+        return _logits(source)
+    with with_rounded_weights(source, rounded) as twin:
+        return _logits(twin, LEAN)
+
+
+def _prove(source: Bundle, rounded: Bundle, want: Any) -> dict[str, Any]:
+    """The manifest's entry. want: of ``_wanted``. Raises ExportError where the two bundles are not one function.
 
     Without prepacked weights onnxruntime writes them out and multiplies in float: then the two must agree as two float
     graphs do. The kernels that users run, which may round activations, are measured behind that.
@@ -195,8 +205,6 @@ def _prove(source: Bundle, rounded: Bundle, cache: str | None) -> dict[str, Any]
     proof: dict[str, Any] = {"verified": True, "on": PROOF_ON}
     if rounded.quantization is None or rounded.quantization["bits"] is None:
         return proof | {"relative_error": 0.0, "allowed": 0.0}
-    with with_rounded_weights(source, rounded) as twin:
-        want = _logits(twin, LEAN)
     error = _off(_logits(rounded, LEAN), want)
     allowed = PROOF * tolerance_for(source.manifest["dtype"], source.depth).error
     if not error <= allowed:
@@ -212,16 +220,6 @@ def _prove(source: Bundle, rounded: Bundle, cache: str | None) -> dict[str, Any]
             f"was written"
         )
     return proof | {"relative_error_of_kernels": kernels}
-
-
-def _prove_cache(source: Bundle, rounded: Bundle) -> dict[str, Any]:
-    """What an int8 cache adds to the manifest's entry. Raises ExportError where it is off by more than allowed."""
-    if rounded.quantization is not None and rounded.quantization["bits"] is not None:
-        with with_rounded_weights(source, rounded) as twin:
-            want = _logits(twin, LEAN)
-    else:
-        want = _logits(source)
-    return {"relative_error_of_cache": _allowed("with keys and values in int8", rounded, _logits(rounded), want)}
 
 
 def _allowed(what: str, bundle: Bundle, have: Any, want: Any) -> float:
