@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from pe_onnx.errors import CheckpointError, did_you_mean
-from pe_onnx.models import byte_tokenizer, config_keys, config_reads, rope_scaling, rope_types, weight_shapes
+from pe_onnx.models import byte_tokenizer, config_keys, config_reads, gguf_once, rope_scaling, rope_types, weight_shapes
 from pe_onnx.models.config_origin import Origins, blame, text_config
 from pe_onnx.models.encoding_config import Encoding, read_encoding, refuse_misspelt, trained_length
 from pe_onnx.models.observed import Observed, observe
@@ -59,6 +59,7 @@ class Loaded:
     write_assets: Callable[[Path], None]
 
 
+@gguf_once.parsed_once()
 def load(path: Path, scaling: Mapping[str, Any] | None = None, follow: bool = False) -> Loaded:
     """scaling: a longer context, see rope_scaling.py. follow: let keys through that transformers ignores.
 
@@ -127,7 +128,10 @@ def resolve(
         config_keys.check(part, known, where)
         rope_types.check_raw(part, where)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
+        if gguf and is_known:
+            config = known.from_dict(dict(raw))
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         hint = did_you_mean(str(model_type), CONFIG_MAPPING)
         keys = ", ".join(blame(known, raw)) if is_known else f"model_type = {config_keys.shown(model_type)}{hint}"
@@ -152,7 +156,7 @@ def _raw_config(folder: Path, gguf: str | None) -> dict[str, Any]:
     try:
         if gguf is None and not isinstance(json.loads((folder / "config.json").read_text("utf-8")), dict):
             raise CheckpointError(f"checkpoint {folder}: config.json must hold an object")
-        return dict(PreTrainedConfig.get_config_dict(folder, **({"gguf_file": gguf} if gguf else {}))[0])
+        return gguf_once.config_of(folder, gguf) if gguf else dict(PreTrainedConfig.get_config_dict(folder)[0])
     except CheckpointError:
         raise
     except ValueError as error:

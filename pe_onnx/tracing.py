@@ -21,6 +21,7 @@ with needs("export", "'pe-onnx[export]'"):
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
 from pe_onnx.custom_ops import OPSET, translation_table
+from pe_onnx.decomposition import decompose_in_place
 from pe_onnx.models.parts import Part
 from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.fused_norms import FusedNorms
@@ -28,6 +29,7 @@ from pe_onnx.passes.fused_projections import FusedProjections
 from pe_onnx.passes.lean import lean
 from pe_onnx.passes.scoped_names import ScopedNames, scoped_names
 from pe_onnx.passes.skip_norms import SkipNorms
+from pe_onnx.passes.tidied import tidied
 from pe_onnx.passes.transposed_weights import TransposedWeights
 
 LARGEST = sys.maxsize - 1
@@ -51,10 +53,10 @@ def to_onnx(
         optimizer.fold_constants(model)
         fuse_rms_normalization(model)
         FusedNorms()(model)  # before the optimizer takes a small epsilon for 0
-        optimizer.optimize_ir(model, inline=False)
+        tidied()(model)
         fuse_rms_normalization(model)  # those whose differences it has found equal (Cohere)
         lean()(model)
-        optimizer.optimize_ir(model, inline=False)
+        tidied()(model)
         FusedProjections()(model)
         if target == "ort":
             SkipNorms()(model)
@@ -85,6 +87,7 @@ def _translate(part: Part, limit: int | None, progress: Progress) -> tuple[ir.Mo
         program = torch.export.export(part.module, part.args, dynamic_shapes=part.dynamic_shapes, strict=False)
     _check_lengths(program, limit)
     progress("translate")
+    decompose_in_place(program)
     translated = torch.onnx.export(
         program,
         input_names=list(part.inputs),

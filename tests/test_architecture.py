@@ -23,7 +23,7 @@ LAYERS = [
     ("encoding",),
     ("encodings",),
     ("models",),
-    ("passes",),
+    ("passes", "decomposition"),
     ("tracing", "verification"),
     ("writing",),
     ("exporter",),

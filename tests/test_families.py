@@ -9,7 +9,7 @@ import bridged
 import pytest
 import tiny_models
 from transformers import PreTrainedModel
-from variants import VARIANTS, rope
+from variants import VARIANTS
 
 TARGETS = ("ort", "portable")
 TOLERANCE = 5e-5
@@ -36,11 +36,7 @@ def references_of(name: str, limit: int | None) -> Reference:
 
 PAIRS = list(itertools.product(VARIANTS, TARGETS))
 FIRST = {pair for i, pair in enumerate(PAIRS) if i % 4 in (0, 3)}
-"""Each variant on one target, in turn."""
-PLAIN = {
-    name for name, (_, options) in VARIANTS.items() if options in ({}, rope("default")) or options.get("rope_scaling")
-}
-"""On one target alone: what they differ in from others, their family's code or a spelling, no target knows of."""
+"""Each variant on one target, in turn; those of FAST on both."""
 FAST = {
     *("llama_longrope", "qwen2_window", "gemma2", "gemma3_text", "smollm3", "llama4_text", "cohere", "gpt_oss"),
     *("opt_350m", "xglm", "mpt_six_heads", "falcon_new", "falcon_alibi"),
@@ -50,7 +46,7 @@ assert VARIANTS.keys() >= FAST
 CASES = [
     pytest.param(*pair, marks=() if pair in FIRST and pair[0] in FAST else pytest.mark.slow)
     for pair in PAIRS
-    if pair in FIRST or pair[0] not in PLAIN
+    if pair in FIRST or pair[0] in FAST
 ]
 
 
