@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import package_folder
+from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 import pe_onnx
@@ -51,9 +52,17 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("smollm2") / "bundle"
-    pe_onnx.export(model=gguf(), output=folder, target="ort")
+def readings() -> list[object]:
+    """Each time that a GGUF file is parsed while ``smollm2`` is exported."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory, readings: list[object]) -> Iterator[Path]:
+    folder, reader = tmp_path_factory.mktemp("smollm2") / "bundle", GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", lambda path: readings.append(path) or reader(path))
+        pe_onnx.export(model=gguf(), output=folder, target="ort")
     yield folder
     shutil.rmtree(folder)
 
@@ -78,6 +87,10 @@ def test_smollm2_parity(smollm2: Path, their_tokenizer) -> None:  # type: ignore
     greedy = report.modes[-1]
     assert greedy.positions == 5 * 64
     assert (greedy.top1_agreement, greedy.near_ties, greedy.first_difference) == (1.0, 0, None)
+
+
+def test_smollm2_is_parsed_for_its_kind_and_for_all_the_rest(smollm2: Path, readings: list[object]) -> None:
+    assert len(readings) == 2
 
 
 def test_smollm2_tokenizer_is_that_of_transformers(smollm2_model: Model, their_tokenizer) -> None:  # type: ignore[no-untyped-def]
