@@ -1,20 +1,22 @@
 """A traced program brought to the operators that ONNX has, without tracing it anew.
 
 PyTorch's exporter decomposes a program by running all of it through the tracer once more, a third of an export. What a
-decoder's program holds beyond operators that ONNX has are casts, written in three ways, logical operators under their
-Python names, and assertions: each of them is one node for one node. A program that holds anything else is left to
-PyTorch.
+decoder's program holds beyond operators that ONNX has are casts, written in three ways, operators under names of Python
+and NumPy, and assertions: each of them is one node for one node. A program that holds anything else is left to PyTorch;
+so is one in which the exporter then meets an operator that it does not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 
 aten: Any = torch.ops.aten
+
+T = TypeVar("T")
 
 ALIKE: dict[Any, Any] = {aten.__or__.Tensor: aten.bitwise_or.Tensor, aten.__and__.Tensor: aten.bitwise_and.Tensor}
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
@@ -25,19 +27,32 @@ SAME = (aten.detach_.default, aten.detach.default)
 NAMESPACES = ("aten", "pe_onnx")
 
 
-def decompose_in_place(program: torch.export.ExportedProgram) -> None:
-    """Let ``program.run_decompositions`` change the program itself where one node for one node is enough."""
-    of_torch = program.run_decompositions
+def without_tracing(program: torch.export.ExportedProgram, translate: Callable[[], T]) -> T:
+    """What ``translate`` gives, which hands the program to the exporter; the program is changed where that is enough.
+
+    translate is called once more, and lets PyTorch decompose the program, where the first call fails.
+    """
+    of_torch, rewritten = program.run_decompositions, False
 
     def run_decompositions(
         decomp_table: Mapping[Any, Any] | None = None, **options: Any
     ) -> torch.export.ExportedProgram:
+        nonlocal rewritten
         if decomp_table is None or not all(_is_simple(node, decomp_table) for node in program.graph.nodes):
             return of_torch(decomp_table, **options)
+        rewritten = True
         _rewrite(program)
         return program
 
     program.run_decompositions = run_decompositions
+    try:
+        return translate()
+    except Exception:
+        if not rewritten:
+            raise
+    finally:
+        program.run_decompositions = of_torch
+    return translate()
 
 
 def _is_simple(node: Node, decomposed: Collection[Any]) -> bool:
@@ -46,6 +61,8 @@ def _is_simple(node: Node, decomposed: Collection[Any]) -> bool:
         return node.op in ("placeholder", "output")
     if target in ALIKE or target in CASTS or target in CHECKS or target in SAME:
         return True
+    if target == aten.numpy_T.default:
+        return node.args[0].meta["val"].dim() == 2  # type: ignore[union-attr]
     if not isinstance(target, torch._ops.OpOverload):
         return not isinstance(target, torch._ops.OperatorBase)  # arithmetic of sizes
     return target.namespace in NAMESPACES and target not in decomposed and not target._schema.is_mutable
@@ -60,6 +77,8 @@ def _rewrite(program: torch.export.ExportedProgram) -> None:
             graph.erase_node(node)
         elif node.target in ALIKE:
             node.target = ALIKE[node.target]
+        elif node.target == aten.numpy_T.default:
+            node.target = aten.t.default
         elif node.target in SAME or (node.target in CASTS and _dtype(node) == _dtype(node.args[0])):
             _replace(program, node, node.args[0])
         elif node.target in CASTS:
