@@ -30,6 +30,8 @@ ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model.onnx"
 PROMPT = "prompt.onnx"
 """The decoder of a quantized bundle once more, for many tokens at once, over the same weights."""
+RUNTIME = "runtime.onnx"
+"""The decoder once more, with rotations inside attention: what our runtime runs on the CPU, over the same weights."""
 WEIGHTS = "model.onnx.data"
 FORMAT = 3
 

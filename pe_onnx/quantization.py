@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pe_onnx import block_quantization as blocks
-from pe_onnx.bundle import ENCODER, MANIFEST, PROMPT, WEIGHTS, Bundle, check_output, read_bundle, write_bundle
+from pe_onnx.bundle import ENCODER, MANIFEST, PROMPT, RUNTIME, WEIGHTS, Bundle, check_output, read_bundle, write_bundle
 from pe_onnx.errors import ConfigError, ExportError, first_line, needs
 
 with needs("quantization", "'pe-onnx[export]'"):
@@ -30,7 +30,7 @@ from pe_onnx.passes.quantized_cache import QuantizedCache
 from pe_onnx.passes.quantized_weights import QuantizedWeights, Rounding, rounded_weights
 from pe_onnx.tolerance import PROOF, tolerance_for, tolerance_of
 from pe_onnx.tracing import Progress
-from pe_onnx.writing import EMBED_BELOW_BYTES, described, save
+from pe_onnx.writing import EMBED_BELOW_BYTES, described, save, write_runtime
 
 ACCURACY_LEVEL = 4
 """Of MatMulNBits: 4 rounds activations to int8, in blocks, and multiplies integers; 1 multiplies in float32.
@@ -99,7 +99,7 @@ def quantize(
     check_output(Path(output), force)
 
     progress("load")
-    models = {path.name: ir.load(path) for path in sorted(source.folder.glob("*.onnx"))}
+    models = {path.name: ir.load(path) for path in sorted(source.folder.glob("*.onnx")) if path.name != RUNTIME}
     held: dict[str, Any] = {"bits": None, "accuracy_level": None}
     if bits is not None:
         level = ACCURACY_LEVEL if accuracy_level is None else accuracy_level
@@ -118,6 +118,8 @@ def quantize(
         except ValueError as error:  # onnx-ir reads no file that has a second name elsewhere
             raise ExportError(f"the weights of {source.folder} cannot be read: {first_line(error)}") from error
         _copy_assets(source, folder)
+        if cache is None:
+            write_runtime(folder)
         made = Bundle(folder, manifest)
         if verify:
             progress("verify")
@@ -205,7 +207,7 @@ def _prove(source: Bundle, rounded: Bundle, want: Any) -> dict[str, Any]:
     proof: dict[str, Any] = {"verified": True, "on": PROOF_ON}
     if rounded.quantization is None or rounded.quantization["bits"] is None:
         return proof | {"relative_error": 0.0, "allowed": 0.0}
-    error = _off(_logits(rounded, LEAN), want)
+    error = _off(_logits(rounded, LEAN, rounded.model.name), want)
     allowed = PROOF * tolerance_for(source.manifest["dtype"], source.depth).error
     if not error <= allowed:
         raise ExportError(
@@ -214,11 +216,11 @@ def _prove(source: Bundle, rounded: Bundle, want: Any) -> dict[str, Any]:
         )
     kernels = _allowed("with onnxruntime's kernels for few bits", rounded, _logits(rounded), want)
     proof |= {"relative_error": float(f"{error:.2e}"), "allowed": allowed}
-    if (rounded.folder / PROMPT).exists() and not (error := _off(_logits(rounded, LEAN, PROMPT), want)) <= allowed:
-        raise ExportError(
-            f"the graph for prompts is off by {error:.1e} of the logits' spread, allowed are {allowed:.1e}; nothing "
-            f"was written"
-        )
+    for name in (PROMPT, RUNTIME):
+        if (rounded.folder / name).exists() and not (error := _off(_logits(rounded, LEAN, name), want)) <= allowed:
+            raise ExportError(
+                f"{name} is off by {error:.1e} of the logits' spread, allowed are {allowed:.1e}; nothing was written"
+            )
     return proof | {"relative_error_of_kernels": kernels}
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_onnx import contract
-from pe_onnx.bundle import PROMPT, Bundle
+from pe_onnx.bundle import PROMPT, RUNTIME, Bundle
 from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line, needs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loads
@@ -125,7 +125,10 @@ class Session:
         if level not in LEVELS:
             raise ConfigError(f"optimize = {level!r} must be one of {', '.join(LEVELS)}{did_you_mean(level, LEVELS)}")
         self.bundle = bundle
+        ours = graph is None and profile is None and wanted == PROVIDERS["cpu"]
         self.model = bundle.folder / (graph or bundle.model.name)
+        if ours and (bundle.folder / RUNTIME).exists():
+            self.model = bundle.folder / RUNTIME
         self.inputs, self.outputs = bundle.graphs.get(self.model.name, bundle.graphs[bundle.model.name])
         self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
         self._prompts: Session | None = None

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from pe_onnx import contract
-from pe_onnx.bundle import ENCODER, Bundle
+from pe_onnx.bundle import ENCODER, RUNTIME, Bundle
 from pe_onnx.errors import ExportError
-from pe_onnx.models.attention import LayerCache
-from pe_onnx.models.proof import Feed, Proof
+from pe_onnx.models.proof import Proof, Run
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 from pe_onnx.session import Session
 from pe_onnx.tolerance import PROOF, tolerance_for
@@ -23,7 +22,7 @@ def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
     Raises ExportError where the bundle exceeds it, BundleError where onnxruntime cannot load or run it.
     """
     dtype = getattr(torch, contract.DTYPES[bundle.manifest["dtype"]])
-    decoder = Session(bundle)
+    decoders = [Session(bundle, graph=name) for name in (bundle.model.name, RUNTIME) if (bundle.folder / name).exists()]
     options = (bundle.manifest["target"], bundle.caches, dtype)
     if isinstance(proof, Seq2SeqProof):
         encoder = Session(bundle, graph=ENCODER)
@@ -33,15 +32,15 @@ def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
 
         def decode(ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor, *others: Any) -> Any:
             later = others[-1][0][2].shape[2] > 0  # then the graph must not need the encoder's output
-            return _cached(decoder, ids, mask, hidden[:, :0] if later else hidden, *others)
+            return _cached(decoders[0], ids, mask, hidden[:, :0] if later else hidden, *others)
 
         error = proof.error(encode, decode, *options)
     else:
 
-        def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
-            return _cached(decoder, feed.input_ids, feed.attention_mask, feed.position_ids, past)
+        def run_of(decoder: Session) -> Run:
+            return lambda feed, past: _cached(decoder, feed.input_ids, feed.attention_mask, feed.position_ids, past)
 
-        error = proof.error(run, *options)
+        error = max(proof.error(run_of(decoder), *options) for decoder in decoders)
     allowed = PROOF * tolerance_for(bundle.manifest["dtype"], bundle.depth).error
     if not error <= allowed:
         raise ExportError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_onnx import contract
-from pe_onnx.bundle import DECODER, FORMAT, MODEL, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
+from pe_onnx.bundle import DECODER, FORMAT, MODEL, RUNTIME, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
 from pe_onnx.errors import ConfigError, needs
 from pe_onnx.machine import versions
 
@@ -21,6 +21,7 @@ with needs("export", "'pe-onnx[export]'"):
 
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.passes.quantized_weights import storage_of
+from pe_onnx.passes.rotating_attention import RotatingAttention
 from pe_onnx.passes.window_cache import WindowCache
 from pe_onnx.tracing import Progress
 
@@ -59,6 +60,8 @@ def write(
         save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
         if target == "portable" and DECODER in models:
             _write_merged(folder, exportable)
+        if not window_cache:
+            write_runtime(folder)
         for name, values in (
             ("config", exportable.config),
             ("generation_config", exportable.generation_config),
@@ -121,6 +124,15 @@ def _same_bytes(tensor: ir.ExternalTensor, value: ir.Value) -> ir.ExternalTensor
         name=value.name or "",
         base_dir=tensor.base_dir,
     )
+
+
+def write_runtime(folder: Path) -> None:
+    """The decoder once more with rotations inside attention, where it has such and its weights are a file beside it."""
+    if not (folder / WEIGHTS).exists() or not (folder / MODEL).exists():
+        return
+    model = ir.load(folder / MODEL)
+    if RotatingAttention()(model).modified:
+        ir.save(model, folder / RUNTIME)
 
 
 def _cut_to_windows(path: Path, layers: int) -> list[int]:

@@ -1,0 +1,121 @@
+"""Attention that rotates its own queries and keys, out of the product that makes all three.
+
+GroupQueryAttention of onnxruntime takes queries, keys and values side by side, as the joined projection gives them, and
+tables of cosines and sines: a Split and two RotaryEmbedding a layer go, and what they read and wrote with them::
+
+    (q, k, v) = Split(x);  CachedAttention(R(q), R(k), v)  ->  GroupQueryAttention(x, cos, sin, do_rotary = 1)
+
+The angles stay those that the graph computes: cosines and sines of the tokens of this run are put at their positions in
+tables of ``total_length`` rows, of which nobody reads the others. Positions must be those of the slots, as our runtime
+has them: onnxruntime leaves unrotated what lies beyond the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from pe_onnx.passes.nodes import attribute, constant, drop, insert, numbers, readers
+
+PE_ONNX, MICROSOFT = "pe_onnx", "com.microsoft"
+Tables = tuple[ir.Value, ir.Value, ir.Value]
+"""Cosines and sines ``[total_length, D / 2]``, and each token's row ``[B, T]``."""
+
+
+class RotatingAttention(ir.passes.InPlacePass):
+    """In the layers whose queries and keys are rotated in all channels and come of one product.
+
+    ``rotated``: how many those were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotated = 0
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        tables: dict[tuple[ir.Value, ir.Value], Tables] = {}
+        for node in list(model.graph):
+            if (node.domain, node.op_type) == (PE_ONNX, "CachedAttention"):
+                self.rotated += _rotate(model.graph, node, tables)
+        used = {(node.domain, node.op_type) for node in model.graph}
+        for key, function in list(model.functions.items()):
+            if (function.domain, function.name) not in used:
+                del model.functions[key]
+        if self.rotated:
+            model.opset_imports[MICROSOFT] = 1
+        return ir.passes.PassResult(model, modified=bool(self.rotated))
+
+
+def _rotate(graph: ir.Graph, node: ir.Node, tables: dict[tuple[ir.Value, ir.Value], Tables]) -> bool:
+    """Replace one layer's attention where its inputs allow it."""
+    given = [*node.inputs, *[None] * (9 - len(node.inputs))]
+    query, key, value = (x.producer() if x is not None else None for x in given[:3])
+    if query is None or key is None or value is None or value.op_type != "Split" or value.domain:
+        return False
+    H, K, D = attribute(node, "num_heads", 0), attribute(node, "kv_heads", 0), _last(given[3])
+    if D is None or numbers(value.inputs[1]) != [H * D, K * D, K * D] or attribute(value, "axis", 0) != -1:
+        return False
+    joined, interleaved = list(value.outputs), attribute(query, "interleaved", 0)
+    for part, rotation, heads in zip(joined, (query, key), (H, K), strict=False):
+        if (
+            (rotation.domain, rotation.op_type) != (PE_ONNX, "RotaryEmbedding")
+            or rotation.inputs[0] is not part
+            or rotation.inputs[1:3] != query.inputs[1:3]
+            or attribute(rotation, "interleaved", 0) != interleaved
+            or attribute(rotation, "num_heads", 0) != heads
+            or attribute(rotation, "rotary_dim", 0) != D
+        ):
+            return False
+    alone = all(len(readers(x)) == 1 for x in (*joined, query.outputs[0], key.outputs[0]))
+    if given[2] is not joined[2] or not alone or given[6] is None or not _in_float32(*query.inputs[:3], given[3]):
+        return False
+
+    cos, sin = query.inputs[1:3]
+    assert cos is not None
+    assert sin is not None
+    if (cos, sin) not in tables:
+        tables[cos, sin] = _tables(graph, node, (cos, sin), given[6], D // 2)
+    renamed = {"kv_heads": "kv_num_heads", "window": "local_window_size"}
+    attributes = {renamed.get(name, name): attribute(node, name, None) for name in node.attributes}
+    attributes |= {"do_rotary": 1, "rotary_interleaved": interleaved}
+    inputs = [value.inputs[0], None, None, *given[3:7], *tables[cos, sin], *given[7:9]]
+    new = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3, name=node.name)
+    graph.insert_before(node, new)
+    for old, output in zip(node.outputs, new.outputs, strict=True):
+        output.shape, output.type, name = old.shape, old.type, old.name
+        old.replace_all_uses_with(output, replace_graph_outputs=True)
+        output.name, old.name = name, None
+    graph.remove(node, safe=True)
+    for rotation in (query, key):
+        drop(rotation.outputs[0])
+    return True
+
+
+def _in_float32(*values: ir.Value | None) -> bool:
+    """As float16 RotaryEmbedding computes with tables in float32, which attention does not take."""
+    return all(value is not None and value.dtype == ir.DataType.FLOAT for value in values)
+
+
+def _last(value: ir.Value | None) -> int | None:
+    size = value.shape[-1] if value is not None and value.shape is not None else None
+    return size if isinstance(size, int) else None
+
+
+def _tables(graph: ir.Graph, node: ir.Node, rotation: tuple[ir.Value, ir.Value], length: ir.Value, half: int) -> Tables:
+    """Before ``node``. rotation: cos and sin ``[B or 1, T, half]``; length: slots in use, int32 ``[1]``."""
+    (positions,) = (value for value in graph.inputs if value.name == "position_ids")
+    integers, floats = ir.TensorType(ir.DataType.INT64), rotation[0].type
+
+    def add(op_type: str, inputs: list[ir.Value], rank: int, kind: ir.TypeProtocol | None, **attributes: Any) -> Any:
+        made = insert(node, op_type, inputs, [ir.SymbolicDim(None)] * rank, attributes)
+        made.type = kind
+        return made
+
+    width = constant(graph, [half])
+    size = add("Concat", [add("Cast", [length], 1, integers, to=7), width], 1, integers, axis=0)
+    empty = add("ConstantOfShape", [size], 2, floats, value=ir.tensor([0.0], ir.DataType.FLOAT))
+    rows = add("Unsqueeze", [positions, constant(graph, [2])], 3, integers)
+    shape = add("Concat", [add("Shape", [positions], 1, integers), width], 1, integers, axis=0)
+    cos, sin = (add("ScatterND", [empty, rows, add("Expand", [x, shape], 3, floats)], 2, floats) for x in rotation)
+    return cos, sin, positions
