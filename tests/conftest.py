@@ -53,6 +53,25 @@ def pytest_runtest_setup() -> None:
     exporter_tables.keep()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Failures(config))
+
+
+class _Failures:
+    """Names a failed test at once: a run that is cut off later prints no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = crash.message.partition("\n")[0][:200] if crash else ""
+            terminal.write_line(f"\n{report.when} of {report.nodeid} failed: {reason}")
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """``cli("export", ...)`` runs ``pe-onnx export ...`` in a process of its own."""
