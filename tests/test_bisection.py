@@ -240,13 +240,13 @@ def test_an_encoder_decoder(t5_bundles: Bundles, tmp_path: Path) -> None:
     )
     assert found is not None
     assert (found.mode, found.layer) == ("whole", "model.decoder.block.1.layer.1.EncDecAttention.o")
-    name = "encoder.block.2.layer.0.SelfAttention.v.weight"
+    name = "encoder.block.2.layer.0.SelfAttention.o.weight"
     found = bisect(
         planted.plant(right, tmp_path / "encoder", planted.scaled_weight(name), "encoder_model.onnx"),
         tokens=24,
     )
     assert found is not None
-    assert (found.mode, found.layer) == ("encoder", "encoder.block.2.layer.0.SelfAttention.v")
+    assert (found.mode, found.layer) == ("encoder", "encoder.block.2.layer.0.SelfAttention.o")
 
 
 @pytest.mark.slow
