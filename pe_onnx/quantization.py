@@ -28,7 +28,7 @@ with needs("quantization", "'pe-onnx[export]'"):
 from pe_onnx.passes.nodes import attribute
 from pe_onnx.passes.quantized_cache import QuantizedCache
 from pe_onnx.passes.quantized_weights import QuantizedWeights, Rounding, rounded_weights
-from pe_onnx.tolerance import PROOF, tolerance_for, tolerance_of
+from pe_onnx.tolerance import LEAN, PROOF, tolerance_for, tolerance_of
 from pe_onnx.tracing import Progress
 from pe_onnx.writing import EMBED_BELOW_BYTES, described, save, write_runtime
 
@@ -44,9 +44,6 @@ HEAD_BITS = 8
 
 BLOCK = 32
 """Weights that share a scale, where nobody says."""
-
-LEAN = {"session.disable_prepacking": "1"}
-"""Of a session that runs a few times only: weights stay where they are mapped."""
 
 PROOF_ROWS = (24, 17)
 """Tokens of the proof's prompts, and ``PROOF_STEPS`` steps on each."""

@@ -84,10 +84,15 @@ def tolerance_for(dtype: str, layers: int) -> Tolerance:
     return Tolerance(error, f"{derived}: {error:.1e} of the logits' spread")
 
 
+LEAN = {"session.disable_prepacking": "1"}
+"""onnxruntime's options of a session that runs a few times only: weights stay where they are mapped, and kernels take
+them as they stand."""
+
+
 def exact_options(bundle: Bundle) -> dict[str, str]:
     """onnxruntime's options of a session that is held to ``tolerance_for``: without prepacked weights those of few bits
     are written out and multiplied in floats, where the kernels that users run round activations to int8."""
-    return {} if bundle.quantization is None else {"session.disable_prepacking": "1"}
+    return {} if bundle.quantization is None else dict(LEAN)
 
 
 def tolerance_of(bundle: Bundle) -> Tolerance:

@@ -10,10 +10,11 @@ import torch
 from pe_onnx import contract
 from pe_onnx.bundle import ENCODER, RUNTIME, Bundle
 from pe_onnx.errors import ExportError
-from pe_onnx.models.proof import Proof, Run
+from pe_onnx.models.attention import LayerCache
+from pe_onnx.models.proof import Feed, Proof
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 from pe_onnx.session import Session
-from pe_onnx.tolerance import PROOF, tolerance_for
+from pe_onnx.tolerance import LEAN, PROOF, tolerance_for
 
 
 def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
@@ -22,25 +23,30 @@ def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
     Raises ExportError where the bundle exceeds it, BundleError where onnxruntime cannot load or run it.
     """
     dtype = getattr(torch, contract.DTYPES[bundle.manifest["dtype"]])
-    decoders = [Session(bundle, graph=name) for name in (bundle.model.name, RUNTIME) if (bundle.folder / name).exists()]
     options = (bundle.manifest["target"], bundle.caches, dtype)
     if isinstance(proof, Seq2SeqProof):
-        encoder = Session(bundle, graph=ENCODER)
+        encoder, decoder = (Session(bundle, options=LEAN, graph=name) for name in (ENCODER, bundle.model.name))
 
         def encode(*sources: torch.Tensor) -> torch.Tensor:
             return _run(encoder, sources)[0]
 
         def decode(ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor, *others: Any) -> Any:
             later = others[-1][0][2].shape[2] > 0  # then the graph must not need the encoder's output
-            return _cached(decoders[0], ids, mask, hidden[:, :0] if later else hidden, *others)
+            return _cached(decoder, ids, mask, hidden[:, :0] if later else hidden, *others)
 
         error = proof.error(encode, decode, *options)
     else:
 
-        def run_of(decoder: Session) -> Run:
-            return lambda feed, past: _cached(decoder, feed.input_ids, feed.attention_mask, feed.position_ids, past)
+        def error_of(graph: str) -> float:
+            one = Session(bundle, options=LEAN, graph=graph)
 
-        error = max(proof.error(run_of(decoder), *options) for decoder in decoders)
+            def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
+                return _cached(one, feed.input_ids, feed.attention_mask, feed.position_ids, past)
+
+            return proof.error(run, *options)
+
+        graphs = [name for name in (bundle.model.name, RUNTIME) if (bundle.folder / name).exists()]
+        error = max(map(error_of, graphs))
     allowed = PROOF * tolerance_for(bundle.manifest["dtype"], bundle.depth).error
     if not error <= allowed:
         raise ExportError(
