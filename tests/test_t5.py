@@ -244,7 +244,7 @@ def test_half_precision(tmp_path: Path) -> None:
     graph = onnx.load(bundle.model, load_external_data=False).graph
     kinds = {x.name.rpartition("layer.")[2]: x.data_type for x in graph.initializer}
     assert kinds["2.DenseReluDense.wo.weight"] == onnx.TensorProto.FLOAT
-    assert kinds["2.DenseReluDense.wi_0.weight"] == onnx.TensorProto.FLOAT16
+    assert kinds["2.DenseReluDense.wi_1.weight"] == onnx.TensorProto.FLOAT16
 
 
 def test_the_files_and_what_they_say(answering: Any) -> None:
