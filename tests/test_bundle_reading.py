@@ -179,10 +179,11 @@ def test_kinds_that_are_not_the_models_are_found(real: Path, key: str, value: st
 
 
 def test_a_broken_model_is_one_line_without_the_checksums_too(real: Path, cli: Cli) -> None:
-    (real / "model.onnx").write_bytes(b"\x08\x0a")
-    for options in ((), ("--no-verify",)):
+    for graph in ("model.onnx", "runtime.onnx"):
+        (real / graph).write_bytes(b"\x08\x0a")
+    for graph, *options in (("model.onnx",), ("runtime.onnx", "--no-verify")):
         result = cli("generate", real, "--tokens", "1,2", *options)
         assert result.returncode == 1
         assert result.stderr.startswith("pe-onnx: ")
         assert result.stderr.count("\n") == 1
-        assert "model.onnx" in result.stderr
+        assert graph in result.stderr
