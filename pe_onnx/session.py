@@ -34,9 +34,10 @@ LEVELS = {
 RECORD_PLACEMENT = {"session.record_ep_graph_assignment_info": "1"}
 """Session options with which ``Session.placement`` can tell."""
 
-DEFAULTS = {"session.intra_op.spin_duration_us": "100"}
-"""Session options where none are given. Threads wait for the next operator for 100 us, which is longer than any serial
-operator of a decode step takes, and then sleep: onnxruntime's own 16 to 50 ms take the cores from all else, the next
+DEFAULTS = {"session.intra_op.spin_duration_us": "1000"}
+"""Session options where none are given. Threads wait for the next operator for 1 ms, and then sleep: longer than any
+serial operator of a decode step takes, and than one thread waits for the other. With 100 us steps of SmolLM2-135M took
+5 % longer on a quiet machine; onnxruntime's own 16 to 50 ms are no quicker and take the cores from all else, the next
 run included where cores are shared (``benchmarks/session.py`` measures it)."""
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

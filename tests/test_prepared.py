@@ -401,7 +401,7 @@ def test_a_broken_bundle_is_refused_as_ever(folder: Path) -> None:
         pe_onnx.load(folder, verify=False)
 
 
-@pytest.mark.parametrize(("given", "spinning"), [({}, "100"), ({"session.intra_op.spin_duration_us": "7"}, "7")])
+@pytest.mark.parametrize(("given", "spinning"), [({}, "1000"), ({"session.intra_op.spin_duration_us": "7"}, "7")])
 def test_threads_spin_for_a_moment_unless_told_otherwise(given: dict[str, str], spinning: str, folder: Path) -> None:
     options = Session(read_bundle(folder), options=given).inference.get_session_options()
     assert options.get_session_config_entry("session.intra_op.spin_duration_us") == spinning
