@@ -37,7 +37,7 @@ def model() -> T5ForConditionalGeneration:
     return made.eval()
 
 
-def test_the_training_learns(tmp_path: Path) -> None:
+def test_the_training_learns() -> None:
     """A few steps of it: the loss of random letters is log(26) = 3.26, and the model is begun anew from its seed."""
     first, second = task.train(steps=40), task.train(steps=40)
     assert all(torch.equal(x, y) for x, y in zip(first.parameters(), second.parameters(), strict=True))

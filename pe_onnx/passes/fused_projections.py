@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from pe_onnx.passes.nodes import sizes
+from pe_onnx.passes.nodes import sizes, take_place
 
 JOIN = "&"
 """Between the names of weights that were joined, in the name of the joined one."""
@@ -59,11 +59,8 @@ class FusedProjections(ir.passes.InPlacePass):
         whole.name = f"{first.outputs[0].name}{JOIN}{len(nodes) - 1}"
         product.name, split.name = whole.name, f"{whole.name}:Split"
         for node, part in zip(nodes, split.outputs, strict=True):
-            old = node.outputs[0]
-            part.shape, part.type, name = old.shape, old.type, old.name
-            old.replace_all_uses_with(part, replace_graph_outputs=True)
+            take_place(part, node.outputs[0])
             graph.remove(node, safe=True)
-            part.name = name
         for weight in weights:
             if weight is not None:
                 graph.initializers.pop(weight.name or "", None)

@@ -153,6 +153,13 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     drop(old)
 
 
+def take_place(new: ir.Value, old: ir.Value) -> None:
+    """Let all who read ``old``, the graph's outputs included, read ``new``, which takes its shape, type and name."""
+    new.shape, new.type, name = old.shape, old.type, old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = None, name
+
+
 def take_name(new: ir.Value, old: ir.Value) -> None:
     """Give a value that has no scoped name, and its node, that of the value in whose place it stands."""
     node = new.producer()

@@ -15,9 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from pe_onnx.errors import ConfigError
-from pe_onnx.passes.nodes import attribute
+from pe_onnx.passes.grouped_attention import cached_attentions, finish, inputs_of, regroup
 
-MICROSOFT = "com.microsoft"
 INT8 = ir.TensorType(ir.DataType.INT8)
 
 Scales = tuple[Any, Any]
@@ -36,7 +35,7 @@ class QuantizedCache(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        nodes = [node for node in graph if (node.domain, node.op_type) == ("pe_onnx", "CachedAttention")]
+        nodes = cached_attentions(graph)
         if len(nodes) != len(self.scales):
             raise ConfigError(f"an int8 cache needs CachedAttention in all {len(self.scales)} layers, not {len(nodes)}")
         for layer, (node, scales) in enumerate(zip(nodes, self.scales, strict=True)):
@@ -44,32 +43,14 @@ class QuantizedCache(ir.passes.InPlacePass):
         for value in (*graph.inputs, *graph.outputs):
             if (value.name or "").startswith(("past_key_values.", "present.")):
                 value.type = INT8
-        for key in [key for key, function in model.functions.items() if function.name == "CachedAttention"]:
-            del model.functions[key]
-        model.opset_imports[MICROSOFT] = 1
+        finish(model)
         return ir.passes.PassResult(model, True)
 
     def _replace(self, graph: ir.Graph, node: ir.Node, layer: int, scales: Scales) -> None:
-        given = [*node.inputs, *[None] * (9 - len(node.inputs))]
-        bias, sinks = given[7:9]
+        given = inputs_of(node)
         held = [_initializer(graph, f"present.{layer}.{kind}_scale", x) for kind, x in zip("kv", scales, strict=True)]
-        renamed = {"kv_heads": "kv_num_heads", "window": "local_window_size"}
-        attributes = {renamed.get(name, name): attribute(node, name, None) for name in node.attributes}
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        new = ir.node(
-            "GroupQueryAttention",
-            [*given[:7], None, None, None, bias, sinks, *held],
-            attributes,
-            domain=MICROSOFT,
-            num_outputs=3,
-            name=node.name,
-        )
-        graph.insert_before(node, new)
-        for old, made in zip(node.outputs, new.outputs, strict=True):
-            made.shape, made.type, name = old.shape, old.type, old.name
-            old.replace_all_uses_with(made, replace_graph_outputs=True)
-            made.name, old.name = name, None
-        graph.remove(node, safe=True)
+        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        regroup(graph, node, [*given[:7], None, None, None, *given[7:], *held], quantized)
 
 
 def _initializer(graph: ir.Graph, name: str, values: Any) -> ir.Value:

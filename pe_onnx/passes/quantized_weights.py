@@ -19,7 +19,7 @@ import onnx_ir as ir
 from pe_onnx.block_quantization import Blocks, quantize_blocks
 from pe_onnx.errors import ConfigError, did_you_mean
 from pe_onnx.passes.fused_projections import parts_of
-from pe_onnx.passes.nodes import attribute, drop, made_by, readers, sizes
+from pe_onnx.passes.nodes import attribute, drop, made_by, readers, sizes, take_place
 
 MICROSOFT = "com.microsoft"
 HALF = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -294,10 +294,6 @@ def _unflattened(x: ir.Value, product: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 def _put(graph: ir.Graph, node: ir.Node, old: ir.Value, new: ir.Node) -> None:
     """``new`` before ``node``; its output takes the name and readers of ``old``, and what nobody reads is dropped."""
-    made = new.outputs[0]
-    made.shape, made.type, name = old.shape, old.type, old.name
     graph.insert_before(node, new)
-    old.replace_all_uses_with(made, replace_graph_outputs=True)
-    old.name = f"{name}_replaced"
-    made.name = name
+    take_place(new.outputs[0], old)
     drop(old)

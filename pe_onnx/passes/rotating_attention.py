@@ -16,9 +16,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from pe_onnx.passes.grouped_attention import PE_ONNX, cached_attentions, finish, inputs_of, regroup
 from pe_onnx.passes.nodes import attribute, constant, drop, insert, numbers, readers
 
-PE_ONNX, MICROSOFT = "pe_onnx", "com.microsoft"
 Tables = tuple[ir.Value, ir.Value, ir.Value]
 """Cosines and sines ``[total_length, D / 2]``, and each token's row ``[B, T]``."""
 
@@ -35,21 +35,16 @@ class RotatingAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         tables: dict[tuple[ir.Value, ir.Value], Tables] = {}
-        for node in list(model.graph):
-            if (node.domain, node.op_type) == (PE_ONNX, "CachedAttention"):
-                self.rotated += _rotate(model.graph, node, tables)
-        used = {(node.domain, node.op_type) for node in model.graph}
-        for key, function in list(model.functions.items()):
-            if (function.domain, function.name) not in used:
-                del model.functions[key]
+        for node in cached_attentions(model.graph):
+            self.rotated += _rotate(model.graph, node, tables)
         if self.rotated:
-            model.opset_imports[MICROSOFT] = 1
+            finish(model)
         return ir.passes.PassResult(model, modified=bool(self.rotated))
 
 
 def _rotate(graph: ir.Graph, node: ir.Node, tables: dict[tuple[ir.Value, ir.Value], Tables]) -> bool:
     """Replace one layer's attention where its inputs allow it."""
-    given = [*node.inputs, *[None] * (9 - len(node.inputs))]
+    given = inputs_of(node)
     query, key, value = (x.producer() if x is not None else None for x in given[:3])
     if query is None or key is None or value is None or value.op_type != "Split" or value.domain:
         return False
@@ -76,17 +71,8 @@ def _rotate(graph: ir.Graph, node: ir.Node, tables: dict[tuple[ir.Value, ir.Valu
     assert sin is not None
     if (cos, sin) not in tables:
         tables[cos, sin] = _tables(graph, node, (cos, sin), given[6], D // 2)
-    renamed = {"kv_heads": "kv_num_heads", "window": "local_window_size"}
-    attributes = {renamed.get(name, name): attribute(node, name, None) for name in node.attributes}
-    attributes |= {"do_rotary": 1, "rotary_interleaved": interleaved}
-    inputs = [value.inputs[0], None, None, *given[3:7], *tables[cos, sin], *given[7:9]]
-    new = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3, name=node.name)
-    graph.insert_before(node, new)
-    for old, output in zip(node.outputs, new.outputs, strict=True):
-        output.shape, output.type, name = old.shape, old.type, old.name
-        old.replace_all_uses_with(output, replace_graph_outputs=True)
-        output.name, old.name = name, None
-    graph.remove(node, safe=True)
+    inputs = [value.inputs[0], None, None, *given[3:7], *tables[cos, sin], *given[7:]]
+    regroup(graph, node, inputs, {"do_rotary": 1, "rotary_interleaved": interleaved})
     for rotation in (query, key):
         drop(rotation.outputs[0])
     return True

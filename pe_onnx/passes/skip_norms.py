@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from pe_onnx.passes.nodes import attribute, made_by, same_shape, sizes
+from pe_onnx.passes.nodes import attribute, made_by, same_shape, sizes, take_place
 
 MICROSOFT = "com.microsoft"
 PRODUCTS = ("MatMul", "Gemm")
@@ -58,10 +58,8 @@ class SkipNorms(ir.passes.InPlacePass):
         )
         graph.insert_before(add, fused)
         for new, old, node in ((fused.outputs[3], total, add), (fused.outputs[0], norm.outputs[0], norm)):
-            new.shape, new.type, name = old.shape, old.type, old.name
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            take_place(new, old)
             graph.remove(node, safe=True)
-            new.name = name
         for unused in fused.outputs[1:3]:
             unused.name = ""
         return True

@@ -1,0 +1,41 @@
+"""CachedAttention as the operator of onnxruntime that it stands for, for passes that give that one more to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from pe_onnx.passes.nodes import attribute, take_place
+
+PE_ONNX, MICROSOFT = "pe_onnx", "com.microsoft"
+INPUTS = 9
+"""Query, key, value, past key and value, last slots, total length, bias, sinks."""
+RENAMED = {"kv_heads": "kv_num_heads", "window": "local_window_size"}
+
+
+def cached_attentions(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if (node.domain, node.op_type) == (PE_ONNX, "CachedAttention")]
+
+
+def inputs_of(node: ir.Node) -> list[ir.Value | None]:
+    """All of INPUTS, None for those that are left out."""
+    return [*node.inputs, *[None] * (INPUTS - len(node.inputs))]
+
+
+def regroup(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], more: dict[str, Any]) -> None:
+    """Put GroupQueryAttention in the place of a CachedAttention, whose attributes it keeps beside ``more``."""
+    attributes = {RENAMED.get(name, name): attribute(node, name, None) for name in node.attributes} | more
+    new = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3, name=node.name)
+    graph.insert_before(node, new)
+    for made, old in zip(new.outputs, node.outputs, strict=True):
+        take_place(made, old)
+    graph.remove(node, safe=True)
+
+
+def finish(model: ir.Model) -> None:
+    """To be called once, behind ``regroup``: functions that nobody calls go."""
+    common.RemoveUnusedFunctionsPass()(model)
+    model.opset_imports[MICROSOFT] = 1
