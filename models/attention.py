@@ -99,11 +99,13 @@ class CompactStep(Step):
         self.presents: list[LayerCache] = [past[0]] * len(past)
         self.key_length = attention_mask.shape[1]
         self.lengths = attention_mask.sum(1)  # [B]
-        self.start = (self.lengths - new_tokens).clamp(min=0)  # [B], slot and position of the first new token
-        self.query_positions = self.start[:, None] + torch.arange(new_tokens, device=attention_mask.device)
+        device = attention_mask.device
+        new = torch.arange(new_tokens, new_tokens + 1, device=device)  # [1]; a size that CUDA has without a copy
+        self.start = (self.lengths - new).clamp(min=0)  # [B], slot and position of the first new token
+        self.query_positions = self.start[:, None] + torch.arange(new_tokens, device=device)
         self.key_positions = None
         self.last_slots = (self.lengths - 1).to(torch.int32)
-        self.total_length = torch.full((1,), self.key_length, dtype=torch.int32, device=attention_mask.device)
+        self.total_length = torch.full((1,), self.key_length, dtype=torch.int32, device=device)
         self._in_chunk: dict[int, torch.Tensor] = {}
 
     def in_chunk(self, chunk: int) -> torch.Tensor:

@@ -32,6 +32,8 @@ PROMPT = "prompt.onnx"
 """The decoder of a quantized bundle once more, for many tokens at once, over the same weights."""
 RUNTIME = "runtime.onnx"
 """The decoder once more, with rotations inside attention: what our runtime runs on the CPU, over the same weights."""
+CUDA = "cuda.onnx"
+"""The decoder once more, with what CUDA can record as a graph: what our runtime runs there, over the same weights."""
 WEIGHTS = "model.onnx.data"
 FORMAT = 3
 
@@ -139,7 +141,7 @@ class Bundle:
 
     def bytes_per_token(self, caches: Iterable[contract.CacheShape]) -> int:
         """Of keys and values of these layers."""
-        itemsize = {"float32": 4, "float16": 2, "int8": 1}[self.cache_dtype]
+        itemsize = contract.storage_dtype(self.cache_dtype).itemsize
         return 2 * itemsize * sum(heads * size for heads, size in caches)
 
     def verify(self, remembered: bool = False) -> None:

@@ -22,11 +22,17 @@ Array = np.ndarray[Any, Any]
 CHUNK_TOKENS = 256
 """Prompt tokens of one run: enough to fill the cores."""
 
+CUDA_CHUNK_TOKENS = 4096
+"""Likewise on a CUDA device."""
+
 LEAST_CHUNK_TOKENS = 64
 """Fewer leave the cores idle."""
 
 SCORE_BYTES = 32 << 20
 """Of one tensor [H, T, S], the scores or their bias, where a run holds such: the longer S, the fewer tokens T."""
+
+CUDA_SCORE_BYTES = 1 << 30
+"""Likewise on a CUDA device."""
 
 Path = list[dict[int, Array]]
 """Runs of the graph in order; each maps the rows that took part to the tokens int64 ``[n]`` they appended."""
@@ -47,9 +53,9 @@ class KVCache(ABC):
     """The cache of ``batch_size`` rows. ``lengths``: int64 ``[B]``, the tokens each row holds.
 
     max_length: tokens a row may hold; default the trained length. chunk_tokens: prompt tokens of one run; default
-    CHUNK_TOKENS, fewer where tensors [H, T, S] would outgrow SCORE_BYTES, or the whole prompt where the encoding's
-    frequencies depend on how far a run reaches. sources: one for each row of an encoder-decoder. Raises ConfigError
-    for more than the encoding takes.
+    CHUNK_TOKENS, fewer where tensors [H, T, S] would outgrow SCORE_BYTES, on a CUDA device CUDA_CHUNK_TOKENS and
+    CUDA_SCORE_BYTES, or the whole prompt where the encoding's frequencies depend on how far a run reaches. sources: one
+    for each row of an encoder-decoder. Raises ConfigError for more than the encoding takes.
     """
 
     def __init__(
@@ -67,7 +73,8 @@ class KVCache(ABC):
             raise ConfigError(f"{len(sources.lengths)} sources for a cache of {batch_size} rows")
         self.score_heads = 0 if chunk_tokens or bundle.path_dependent else bundle.score_heads
         if chunk_tokens is None:
-            chunk_tokens = sys.maxsize if bundle.path_dependent else CHUNK_TOKENS
+            usual = CUDA_CHUNK_TOKENS if session.device.kind == "cuda" else CHUNK_TOKENS
+            chunk_tokens = sys.maxsize if bundle.path_dependent else usual
         hard = bundle.max_length
         if max_length is not None and hard is not None and max_length > hard:
             raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
@@ -82,6 +89,7 @@ class KVCache(ABC):
         self.max_length = max_length or bundle.trained_length or hard
         self.vocab_size = bundle.shape["vocab_size"]
         self.layers = len(bundle.caches)
+        self.dtype = bundle.cache_dtype
         self.sources = sources
         part = "" if sources is None else "decoder."
         self.past_names = contract.past_names(self.layers, part)
@@ -292,7 +300,8 @@ class KVCache(ABC):
         """Tokens of the next run of a prompt, in ``rows`` rows behind ``past`` tokens."""
         if not self.score_heads:
             return self.chunk_tokens
-        fitting = SCORE_BYTES // (4 * rows * self.score_heads * (past + self.chunk_tokens))
+        room = CUDA_SCORE_BYTES if self.session.device.kind == "cuda" else SCORE_BYTES
+        fitting = room // (4 * rows * self.score_heads * (past + self.chunk_tokens))
         return min(self.chunk_tokens, max(fitting, LEAST_CHUNK_TOKENS))
 
     def _checked(self, row: Tokens, length: int) -> Array:

@@ -32,7 +32,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+import numpy as np
 
 VERSION: Final = 1
 Target = Literal["ort", "portable"]
@@ -40,7 +42,8 @@ TARGETS: Final = {
     "ort": "onnxruntime's GroupQueryAttention over an in-place cache; right padding; head size a multiple of 16",
     "portable": "standard ONNX operators and a growing cache; any padding; any head size",
 }
-DTYPES: Final = {"fp32": "float32", "fp16": "float16"}
+DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Of weights and cache: our names and PyTorch's."""
 LOGITS: Final = ("last", "all")
 DEFAULT_LOGITS: Final = {"ort": "last", "portable": "all"}
 
@@ -74,6 +77,21 @@ class Crossing:
     """C of the encoder's output."""
     caches: tuple[CacheShape, ...]
     """K and D of each layer's cross cache."""
+
+
+def storage_dtype(dtype: str) -> np.dtype[Any]:
+    """The dtype of an array that holds numbers of ``dtype``: their bits where numpy has no such numbers."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+def stored(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """float32 values rounded to ``dtype``, as arrays hold its numbers (``storage_dtype``); to bfloat16 to the nearest,
+    ties to even."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = bits + (0x7FFF + (bits >> 16 & 1))
+    return (rounded >> 16).astype(np.uint16)
 
 
 def past_names(layers: int, part: str = "") -> list[str]:

@@ -51,7 +51,7 @@ class PositionalEncoding(nn.Module):
         return None
 
     def max_length_in(self, dtype: str) -> int | None:
-        """The same for an export in ``fp32`` or ``fp16``, where the cache's range matters."""
+        """The same for an export in ``fp32``, ``fp16`` or ``bf16``, where the cache's range matters."""
         return self.max_length
 
     def layer(self, index: int) -> PositionalEncoding:

@@ -62,12 +62,12 @@ def export(
 
     rope_scaling: a longer context for a checkpoint that has plain RoPE, ``"yarn:factor=4"`` or a mapping with its
     ``rope_type``. follow_transformers: let keys of the checkpoint's configuration through that transformers ignores.
-    target: ``ort`` or ``portable``. dtype: ``fp32`` or ``fp16``. logits: ``last`` or ``all`` (default by target; a
-    module's are what it gives). window_cache: layers with a sliding window keep a buffer of about the window in our
-    runtime; other runtimes must bind buffers of the window at least, and none that grows. verify: run the finished
-    bundle against the module before it is put in its place. Raises ConfigError, CheckpointError for what is not
-    understood, ExportError for what cannot be finished or does not compute what PyTorch computes; then nothing is
-    written.
+    target: ``ort`` or ``portable``. dtype: ``fp32``, ``fp16``, or ``bf16``, which only CUDA can run. logits: ``last``
+    or ``all`` (default by target; a module's are what it gives). window_cache: layers with a sliding window keep a
+    buffer of about the window in our runtime; other runtimes must bind buffers of the window at least, and none that
+    grows. verify: run the finished bundle against the module before it is put in its place, in ``bf16`` its graphs in
+    float32 over the rounded weights. Raises ConfigError, CheckpointError for what is not understood, ExportError for
+    what cannot be finished or does not compute what PyTorch computes; then nothing is written.
     """
     if verify:
         with needs("the proof of an export", "'pe-onnx[cpu]', or export with --no-verify"):
@@ -126,15 +126,15 @@ def export(
                 exportable = from_checkpoint(path, kind, last_only, scaling, bool(follow_transformers))
         else:
             assert source is not None
-            if dtype == "fp16":
+            if dtype != "fp32":
                 source = copy.deepcopy(source)  # the caller's own keeps its precision
             exportable, found = from_module(source, layers, kv_heads, head_size)
             if given_logits not in (None, found):
                 raise ConfigError(f"logits = {given_logits!r}, and the module gives the logits of {found}")
             logits = found
-        if dtype == "fp16":
-            _halve(exportable.module)
         torch_dtype, limit = getattr(torch, contract.DTYPES[dtype]), exportable.max_length
+        if dtype != "fp32":
+            _halve(exportable.module, dtype)
         models = {  # nothing else may hold the module, whose weights are let go before the proof
             part.file: to_onnx(part, limit, target, dtype, progress) for part in parts(exportable, torch_dtype, logits)
         }
@@ -160,20 +160,23 @@ class FloatLogits(nn.Module):
         return logits.float(), presents
 
 
-def _halve(module: nn.Module) -> None:
-    """Weights to float16, one at a time; buffers keep their precision (inverse frequencies would be ruined), and so do
-    modules that transformers keeps in float32 (T5's ``wo``, whose output overflows), but for norms.
+def _halve(module: nn.Module, dtype: str) -> None:
+    """Weights to ``fp16`` or ``bf16``, one at a time; buffers keep their precision (inverse frequencies would be
+    ruined), and so do modules that transformers keeps in float32 (T5's ``wo``, whose output overflows), but for norms.
 
     Raises ConfigError for a weight that float16 cannot hold.
     """
+    half = getattr(torch, contract.DTYPES[dtype])
     kept = {name for m in module.modules() for name in getattr(m, "_keep_in_fp32_modules", None) or ()}
     kept = {f".{name}." for name in kept if "norm" not in name}
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not any(part in f".{name}." for part in kept):
             greatest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
-            if greatest > torch.finfo(torch.float16).max:
-                raise ConfigError(f"dtype = 'fp16' cannot hold {name}: its greatest weight is {greatest:.3g}; use fp32")
-            parameter.data = parameter.data.half()
+            if greatest > torch.finfo(half).max:
+                raise ConfigError(
+                    f"dtype = {dtype!r} cannot hold {name}: its greatest weight is {greatest:.3g}; use fp32"
+                )
+            parameter.data = parameter.data.to(half)
 
 
 def from_module(

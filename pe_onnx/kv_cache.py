@@ -11,15 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from pe_onnx import contract
 from pe_onnx.cached_rows import Array, KVCache, Path
+from pe_onnx.device_arrays import DeviceArray
 from pe_onnx.reordering import common_prefix, reorder_rows
-from pe_onnx.session import DeviceArray, Session
+from pe_onnx.session import Session
 from pe_onnx.sources import Sources
 
 __all__ = ["GrowingCache", "InPlaceCache", "KVCache", "Path", "make_cache"]
 
 FIRST_CAPACITY = 256
 """Slots of a new in-place cache; it doubles when it is full."""
+
+LEAST_RECORDED = 256
+"""Slots by which the masks of recorded steps differ at least."""
 
 WINDOW_SLACK = 256
 """Slots beyond the window, or as many again where that is less: onnxruntime moves the window to the front each time
@@ -45,7 +50,7 @@ class InPlaceCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.host.nbytes for buffer in self.buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` a row: exactly of an empty cache, else at least doubling, so that growth copies each
@@ -76,24 +81,29 @@ class InPlaceCache(KVCache):
             K, D = caches[i // 2]
             if self.windows[i // 2] and self.capacity and np.array_equal(parents, np.arange(self.batch_size)):
                 continue  # it does not grow
-            grown = self.session.array((B, K, self._slots(i // 2, capacity), D), self.session.bundle.cache_dtype)
-            if self.lengths.any():
-                held = self.buffers[i].download()
-                for b, parent in enumerate(parents):
-                    n = self._resident(i // 2, int(self.lengths[parent]))
-                    grown.host[b, :, :n] = held[parent, :, :n]
-                grown.upload()
+            grown = self.session.array((B, K, self._slots(i // 2, capacity), D), self.dtype)
+            for b, parent in enumerate(parents) if self.lengths.any() else ():
+                n = self._resident(i // 2, int(self.lengths[parent]))
+                grown.copy_block(b, 0, self.buffers[i], int(parent), 0, n)
             if i < len(self.buffers):
                 self.buffers[i] = grown
             else:
                 self.buffers.append(grown)
         self.capacity = capacity
-        self._ids, self._positions = self.session.array((B, 1), np.int64), self.session.array((B, 1), np.int64)
-        self._logits = self.session.array((B, 1, self.vocab_size), np.float32)
-        self._mask = self.session.array((B * capacity,), np.int64)
+        self._ids, self._positions, self._logits, self._mask = (
+            self.session.array(shape, dtype, pinned=True)
+            for shape, dtype in (
+                ((B, 1), "int64"),
+                ((B, 1), "int64"),
+                ((B, 1, self.vocab_size), "float32"),
+                ((B * capacity,), "int64"),
+            )
+        )
         self._bind()
 
     def _bind(self) -> None:
+        self._recorded: dict[int, int] = {}
+        """CUDA graphs of steps by their mask's length."""
         self._step = self.session.binding()
         self._ids.bind(self._step, "input_ids")
         if "position_ids" in self.session.inputs:
@@ -105,8 +115,9 @@ class InPlaceCache(KVCache):
         self.reserve(tokens)
         for i, buffer in enumerate(self.buffers):
             (_, K, _, D), n = buffer.shape, self._resident(i // 2, tokens)
-            buffer.host[:, :, :n] = rng.standard_normal((K, n, D), np.float32)
-            buffer.upload()
+            values = contract.stored(rng.standard_normal((K, n, D), np.float32), self.dtype)
+            for b in range(self.batch_size):
+                buffer.put_block(b, 0, values)
         return lambda: None  # a step writes behind them
 
     def _take_rows(self, parents: Array) -> int:
@@ -142,13 +153,10 @@ class InPlaceCache(KVCache):
             for b, (n, held) in enumerate(zip(lengths.tolist(), self.lengths.tolist(), strict=True)):
                 before, after = (t - self._resident(layer, t) for t in (held, n))  # the first token's position
                 for buffer in self.buffers[2 * layer : 2 * layer + 2] if window and before > after and n else ():
-                    row = buffer.download()[b]
-                    row[:, before - after : n - after] = row[:, : n - before].copy()
-                    buffer.upload()
+                    buffer.put_block(b, before - after, buffer.block(b, 0, n - before).copy())
 
     def _held(self, i: int) -> list[Array]:
-        held = self.buffers[i].download()
-        return [held[b, :, : self._resident(i // 2, n)] for b, n in enumerate(self.lengths.tolist())]
+        return [self.buffers[i].block(b, 0, self._resident(i // 2, n)) for b, n in enumerate(self.lengths.tolist())]
 
     def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
         self.reserve(int(lengths.max()))
@@ -156,8 +164,7 @@ class InPlaceCache(KVCache):
             for b, (row, n) in enumerate(zip(rows, lengths.tolist(), strict=True)):
                 resident = self._resident(i // 2, n)
                 kept = min(row.shape[1], resident)  # of a window that was cut back there may be more, or fewer
-                buffer.host[b, :, resident - kept : resident] = row[:, row.shape[1] - kept :]
-            buffer.upload()
+                buffer.put_block(b, resident - kept, row[:, row.shape[1] - kept :])
 
     def _first_difference(self, a: int, b: int) -> int:
         """The slot up to which two rows hold the same keys and values."""
@@ -177,9 +184,9 @@ class InPlaceCache(KVCache):
         if self.sources is not None:
             self.sources.bind(binding, row, rows)
 
-    def _run_bound(self, session: Session, binding: Any, row: int, rows: int) -> None:
+    def _run_bound(self, session: Session, binding: Any, row: int, rows: int, recorded: int | None = None) -> None:
         """Run rows that are bound; steps are bound anew where that filled their cross cache."""
-        session.run(binding)
+        session.run(binding, recorded)
         if self.sources is not None and self.sources.ran(row, rows):
             self._bind()
 
@@ -222,13 +229,13 @@ class InPlaceCache(KVCache):
         held = []
         named = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         for name, values in ((name, values) for name, values in named.items() if name in self.session.inputs):
-            array = self.session.array(values.shape, np.int64)
+            array = self.session.array(values.shape, "int64")
             array.host[...] = values
             array.upload()
             array.bind(binding, name)
             held.append(array)
         tokens = T if self.session.bundle.logits == "all" else 1
-        logits = self.session.array((b, tokens, self.vocab_size), np.float32)
+        logits = self.session.array((b, tokens, self.vocab_size), "float32")
         logits.bind(binding, "logits", output=True)
         self._bind_cache(binding, row, b)
         self._run_bound(session, binding, row, b)
@@ -253,15 +260,20 @@ class InPlaceCache(KVCache):
             positions, lengths = np.where(moving, positions, np.maximum(positions - 1, 0)), positions + ~full
         total = int(lengths.max())
         self.reserve(total)
+        recorded = None
+        if self.session.not_captured is None:
+            total = recorded_length(total, self.capacity)
+            recorded = self._recorded.get(total) or self._recorded.setdefault(total, self.session.new_graph())
         self._ids.host[:, 0] = ids
         self._positions.host[:, 0] = positions
         mask = self._mask.host[: self.batch_size * total].reshape(self.batch_size, total)
         np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
         self._note(0, self._ids.host, mask, self._positions.host, moving[:, None])
-        for array in (self._ids, self._positions, self._mask):
-            array.upload()
+        self._ids.upload()
+        self._positions.upload()
+        self._mask.upload(mask.size)
         self._mask.bind(self._step, "attention_mask", shape=(self.batch_size, total))
-        self._run_bound(self.session, self._step, 0, self.batch_size)
+        self._run_bound(self.session, self._step, 0, self.batch_size, recorded)
         return self._logits.download()[:, 0]
 
 
@@ -277,8 +289,8 @@ class GrowingCache(KVCache):
         sources: Sources | None = None,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens, sources)
-        dtype = session.bundle.cache_dtype
-        self._past = [session.empty((batch_size, K, 0, D), dtype) for K, D in session.bundle.caches for _ in range(2)]
+        shapes = [(batch_size, K, 0, D) for K, D in session.bundle.caches for _ in range(2)]
+        self._past = [self._value(np.zeros(shape, contract.storage_dtype(self.dtype))) for shape in shapes]
         self.mask = np.zeros((batch_size, 0), np.int64)
 
     @property
@@ -288,9 +300,8 @@ class GrowingCache(KVCache):
     def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
         B, filled = self.batch_size, []
         for K, D in (cache for cache in self.session.bundle.caches for _ in range(2)):
-            values = rng.standard_normal((B, K, tokens, D), np.float32).astype(self.session.bundle.cache_dtype)
-            filled.append(self.session.empty(values.shape, values.dtype))
-            filled[-1].update_inplace(values)
+            values = rng.standard_normal((B, K, tokens, D), np.float32)
+            filled.append(self._value(contract.stored(values, self.dtype)))
         mask = np.ones((B, tokens), np.int64)
 
         def put_back() -> None:
@@ -298,14 +309,16 @@ class GrowingCache(KVCache):
 
         return put_back
 
+    def _value(self, values: Array) -> Any:
+        """An OrtValue of keys or values ``[B, K, S, D]`` on the session's device."""
+        return self.session.value(values, self.dtype)
+
     def _take_rows(self, parents: Array) -> int:
         if np.array_equal(parents, np.arange(self.batch_size)):
             return 0
         self.mask = self.mask[parents]
         for i, past in enumerate(self._past):
-            rows = past.numpy()[parents]
-            self._past[i] = self.session.empty(rows.shape, rows.dtype)
-            self._past[i].update_inplace(rows)
+            self._past[i] = self._value(self.session.host(past, self.dtype)[parents])
         return self.nbytes
 
     def _truncate(self, lengths: Array) -> None:
@@ -313,18 +326,20 @@ class GrowingCache(KVCache):
         self._hold(lengths, cut)
 
     def _held(self, i: int) -> list[Array]:
-        return [row[:, valid] for row, valid in zip(self._past[i].numpy(), self.mask != 0, strict=True)]
+        return [
+            row[:, valid]
+            for row, valid in zip(self.session.host(self._past[i], self.dtype), self.mask != 0, strict=True)
+        ]
 
     def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
         longest = int(lengths.max())
         past: list[Any] = []
         for old, rows in zip(self._past, held, strict=True):
             _, K, _, D = old.shape()
-            padded = np.zeros((self.batch_size, K, longest, D), self.session.bundle.cache_dtype)
+            padded = np.zeros((self.batch_size, K, longest, D), contract.storage_dtype(self.dtype))
             for row, values, n in zip(padded, rows, lengths, strict=True):
                 row[:, longest - n :] = values
-            past.append(self.session.empty(padded.shape, padded.dtype))
-            past[-1].update_inplace(padded)
+            past.append(self._value(padded))
         self._past = past
         self.mask = (np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)
 
@@ -369,7 +384,7 @@ class GrowingCache(KVCache):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
         for name in self.present_names:
-            binding.bind_output(name, self.session.device)
+            binding.bind_output(name, *self.session.device)
         if self.sources is not None:
             self.sources.bind(binding, 0, len(ids))
         session.run(binding)
@@ -377,6 +392,13 @@ class GrowingCache(KVCache):
             self.sources.ran(0, len(ids))
         logits, *self._past = binding.get_outputs()[: 1 + len(self.present_names)]
         return logits.numpy()
+
+
+def recorded_length(tokens: int, capacity: int) -> int:
+    """The mask's length of the CUDA graph for a step of so many tokens: at most a quarter more, or LEAST_RECORDED,
+    so that a graph serves many steps. Slots behind a row's length are masked."""
+    step = max(LEAST_RECORDED, 1 << max((tokens - 1).bit_length() - 3, 0))
+    return min(-(-tokens // step) * step, capacity)
 
 
 def ring_slots(window: int) -> int:

@@ -19,8 +19,7 @@ import math
 import sys
 from typing import NamedTuple
 
-import numpy as np
-
+from pe_onnx import contract
 from pe_onnx.bundle import Bundle
 from pe_onnx.cached_rows import CHUNK_TOKENS, LEAST_CHUNK_TOKENS, SCORE_BYTES, KVCache
 from pe_onnx.errors import ConfigError, InputError
@@ -52,7 +51,7 @@ class Demand(NamedTuple):
 
 def demand(bundle: Bundle, rows: int, prompt_tokens: int, tokens: int, chunk_tokens: int) -> Demand:
     """Of ``rows`` prompts, run in chunks, that grow to ``tokens`` tokens each. Without the process itself."""
-    itemsize, portable = np.dtype(bundle.cache_dtype).itemsize, bundle.target == "portable"
+    itemsize, portable = contract.storage_dtype(bundle.cache_dtype).itemsize, bundle.target == "portable"
     cache = sum(
         2 * itemsize * K * D * (ring_slots(window) if window else tokens)
         for (K, D), window in zip(bundle.caches, bundle.windows, strict=True)

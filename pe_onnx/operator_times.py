@@ -116,9 +116,9 @@ def _counted(contestant: BundleContestant) -> Callable[[], int]:
     session, count = contestant.session, [0]
     run = session.run
 
-    def counting(binding: Any) -> None:
+    def counting(binding: Any, recorded: int | None = None) -> None:
         count[0] += 1
-        run(binding)
+        run(binding, recorded)
 
     session.run = counting  # type: ignore[method-assign]
     return lambda: count[0]

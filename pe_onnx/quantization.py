@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 
 from pe_onnx import block_quantization as blocks
-from pe_onnx.bundle import ENCODER, MANIFEST, PROMPT, RUNTIME, WEIGHTS, Bundle, check_output, read_bundle, write_bundle
+from pe_onnx.bundle import (
+    CUDA,
+    ENCODER,
+    MANIFEST,
+    PROMPT,
+    RUNTIME,
+    WEIGHTS,
+    Bundle,
+    check_output,
+    read_bundle,
+    write_bundle,
+)
 from pe_onnx.errors import ConfigError, ExportError, first_line, needs
 
 with needs("quantization", "'pe-onnx[export]'"):
@@ -96,7 +107,9 @@ def quantize(
     check_output(Path(output), force)
 
     progress("load")
-    models = {path.name: ir.load(path) for path in sorted(source.folder.glob("*.onnx")) if path.name != RUNTIME}
+    models = {
+        path.name: ir.load(path) for path in sorted(source.folder.glob("*.onnx")) if path.name not in (RUNTIME, CUDA)
+    }
     held: dict[str, Any] = {"bits": None, "accuracy_level": None}
     if bits is not None:
         level = ACCURACY_LEVEL if accuracy_level is None else accuracy_level
@@ -213,7 +226,7 @@ def _prove(source: Bundle, rounded: Bundle, want: Any) -> dict[str, Any]:
         )
     kernels = _allowed("with onnxruntime's kernels for few bits", rounded, _logits(rounded), want)
     proof |= {"relative_error": float(f"{error:.2e}"), "allowed": allowed}
-    for name in (PROMPT, RUNTIME):
+    for name in (PROMPT, RUNTIME, CUDA):
         if (rounded.folder / name).exists() and not (error := _off(_logits(rounded, LEAN, name), want)) <= allowed:
             raise ExportError(
                 f"{name} is off by {error:.1e} of the logits' spread, allowed are {allowed:.1e}; nothing was written"

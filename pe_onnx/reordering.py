@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from pe_onnx.device_arrays import DeviceArray
 from pe_onnx.errors import InputError
-from pe_onnx.session import DeviceArray
 
 SPARE = -1
 """Stands for the row to spare."""
@@ -52,17 +52,19 @@ def reorder_rows(buffers: Sequence[DeviceArray], parents: Sequence[int], slots: 
     ``slots[b]`` are those of S in which row b and its parent differ, for each b that is not its own parent.
     """
     order, copied = moves(parents), 0
+    counts = {row: max(part.stop - part.start, 0) for row, part in slots.items()}
+    longest = max((counts[row] for to, _, row in order if to == SPARE), default=0)
     for buffer in buffers:
-        array = buffer.download()
-        spare = array[:0]
+        _, K, _, D = buffer.shape
+        spare = buffer.like((1, K, longest, D))
         for to, source, row in order:
-            part = spare if source == SPARE else array[source, :, slots[row]]
+            begin, count = slots[row].start, counts[row]
             if to == SPARE:
-                spare = part.copy()
+                copied += spare.copy_block(0, 0, buffer, source, begin, count)
+            elif source == SPARE:
+                copied += buffer.copy_block(to, begin, spare, 0, 0, count)
             else:
-                array[to, :, slots[row]] = part
-            copied += part.nbytes
-        buffer.upload()
+                copied += buffer.copy_block(to, begin, buffer, source, begin, count)
     return copied
 
 

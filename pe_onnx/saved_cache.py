@@ -28,7 +28,7 @@ from pe_onnx.errors import CacheFileError
 Array = np.ndarray[Any, Any]
 
 VERSION = "1"
-DTYPES = {"int64": "I64", "float32": "F32", "float16": "F16", "int8": "I8"}
+DTYPES = {"int64": "I64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 """numpy's names to those of the format."""
 MOST_HEADER_BYTES = 100 << 20
 """A greater length is none: the format's own limit."""
@@ -123,7 +123,7 @@ def _header(
     end = 0
     for name, shape in shapes.items():
         dtype = "int64" if name.endswith(".tokens") else bundle.cache_dtype
-        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        begin, end = end, end + math.prod(shape) * contract.storage_dtype(dtype).itemsize
         entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     return json.dumps(entries, separators=(",", ":")).encode()
 
@@ -211,7 +211,7 @@ def _wanted(bundle: Bundle, lengths: Sequence[int]) -> dict[str, tuple[range, ..
 
 
 def _array(file: BufferedReader, shape: tuple[int, ...], dtype: str) -> Array:
-    values = np.empty(shape, dtype)
+    values = np.empty(shape, contract.storage_dtype(dtype))
     if values.size and file.readinto(values.data.cast("B")) != values.nbytes:
         raise OSError("it ends before its data")
     return values

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,16 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_onnx import contract
-from pe_onnx.bundle import PROMPT, RUNTIME, Bundle
-from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line, needs
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime loads
-with needs("running a bundle", "'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (never both)"):
-    import onnxruntime
-
-    from pe_onnx.prepared_graph import PreparedGraph, prepared_graph
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+from pe_onnx.bundle import CUDA, PROMPT, RUNTIME, Bundle
+from pe_onnx.device_arrays import DeviceArray, to_device, to_host
+from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line
+from pe_onnx.prepared_graph import PreparedGraph, prepared_graph
+from pe_onnx.providers import PROVIDERS, device_of, onnxruntime, provider_list, resolve_provider
 
 LEVELS = {
     "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -43,6 +36,9 @@ run included where cores are shared (``benchmarks/session.py`` measures it)."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session option: where the weights of a graph lie that is given as bytes."""
 
+UNCAPTURED = -1
+"""onnxruntime's number of no CUDA graph."""
+
 PROMPT_TOKENS = 48
 """New tokens of a run from which on a quantized bundle's graph for prompts is quicker than its graph for steps."""
 OPENING_TOKENS = 192
@@ -50,39 +46,6 @@ OPENING_TOKENS = 192
 
 MAX_THREADS = 1024
 """More is a slip: each takes a stack, and onnxruntime starts them all."""
-
-
-def resolve_provider(name: str) -> str:
-    """``cpu``, ``cuda``, ``auto`` (CUDA where it can be had) or a provider's own name, to onnxruntime's name.
-
-    Raises ConfigError for another name and ProviderError, which says what is missing, where the provider cannot be
-    had: there is no silent fall-back.
-    """
-    name = {full: short for short, full in PROVIDERS.items()}.get(name, name)
-    if name.endswith("ExecutionProvider"):
-        if name not in (built := onnxruntime.get_available_providers()):
-            hint = did_you_mean(name, built)
-            raise ProviderError(f"provider {name!r} cannot be had{hint}: this onnxruntime has {', '.join(built)}")
-        return name
-    if name not in (*PROVIDERS, "auto"):
-        hint = did_you_mean(name, [*PROVIDERS, "auto"])
-        raise ConfigError(f"provider = {name!r} must be one of cpu, cuda, auto or onnxruntime's own names{hint}")
-    missing = None if name == "cpu" else _missing_for_cuda()
-    if name == "cuda" and missing:
-        raise ProviderError(f"provider {name!r} cannot be had: {missing}")
-    return PROVIDERS["cpu" if missing or name == "cpu" else "cuda"]
-
-
-def _missing_for_cuda() -> str | None:
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return (
-            f"onnxruntime {onnxruntime.__version__} is a CPU build; pip uninstall onnxruntime, then "
-            f"pip install 'pe-onnx[gpu]'"
-        )
-    if not os.path.exists("/proc/driver/nvidia/version") and not os.path.exists("/dev/nvidia0") and os.name == "posix":
-        return "no NVIDIA driver is loaded on this machine"
-    onnxruntime.preload_dlls()
-    return None
 
 
 class PlacedNode(NamedTuple):
@@ -120,37 +83,72 @@ class Session:
         prepare: bool = False,
     ) -> None:
         wanted = resolve_provider(provider)
+        if wanted == PROVIDERS["cpu"] and bundle.manifest["dtype"] == "bf16":
+            raise ProviderError(
+                f"onnxruntime has no kernels for bfloat16 on the CPU: run bundle {bundle.folder} with --provider cuda"
+            )
         if not 0 <= threads <= MAX_THREADS:
             raise ConfigError(f"threads = {threads} must be in 0..{MAX_THREADS}; 0 is one for each core")
         level = optimize if isinstance(optimize, str) else "all" if optimize else "off"
         if level not in LEVELS:
             raise ConfigError(f"optimize = {level!r} must be one of {', '.join(LEVELS)}{did_you_mean(level, LEVELS)}")
         self.bundle = bundle
-        ours = graph is None and profile is None and wanted == PROVIDERS["cpu"]
+        self.device = device_of(provider)
         self.model = bundle.folder / (graph or bundle.model.name)
-        if ours and (bundle.folder / RUNTIME).exists():
-            self.model = bundle.folder / RUNTIME
+        ours = {PROVIDERS["cpu"]: RUNTIME, PROVIDERS["cuda"]: CUDA}.get(wanted)
+        if ours and graph is None and profile is None and (bundle.folder / ours).exists():
+            self.model = bundle.folder / ours
         self.inputs, self.outputs = bundle.graphs.get(self.model.name, bundle.graphs[bundle.model.name])
-        self.device = "cuda" if wanted == PROVIDERS["cuda"] else "cpu"
         self._prompts: Session | None = None
         given: dict[str, Any] = {"options": options, "optimize": optimize, "prepare": prepare}
         quick = graph is None and profile is None and (bundle.folder / PROMPT).exists()
         self._open_prompts = partial(Session, bundle, provider, threads, graph=PROMPT, **given) if quick else None
         plain = level == "all" and not options and profile is None and wanted == PROVIDERS["cpu"]
         place = prepared_graph(bundle, self.model.name) if prepare and plain else None
-        providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
+        self.not_captured: str | None = None if self.device.kind == "cuda" else "the provider is not CUDA"
+        """Why decode steps are not recorded as CUDA graphs; None where they are."""
+        if self.device.kind == "cuda":
+            options = {**RECORD_PLACEMENT, **dict(options or {})}
+            if bundle.target != "ort" or graph is not None or profile is not None:
+                self.not_captured = "the cache grows" if bundle.target != "ort" else "a single graph was asked for"
+        session_options = _session_options(threads, level, options, profile)
         try:
             self.inference: Any = place and _open_prepared(place, threads)
+            if self.inference is None and self.not_captured is None:
+                self.inference = self._open_capturing(provider, session_options)
             if self.inference is None:
-                session_options = _session_options(threads, level, options, profile)
+                providers = provider_list(provider)
                 self.inference = onnxruntime.InferenceSession(str(self.model), session_options, providers=providers)
         except Exception as error:
             raise self._failed("load", error) from error
+        self._graphs: dict[int, Any] = {}
         if wanted not in self.inference.get_providers():
             raise ProviderError(f"provider {provider!r} cannot be had: onnxruntime did not start {wanted}")
         if self.inference.get_providers()[0] != wanted:
             raise ProviderError(f"onnxruntime fell back to {self.inference.get_providers()[0]} from {wanted}")
+        if self.device.kind == "cuda":
+            self._check_attention()
         self._check_contract()
+
+    def _open_capturing(self, provider: str, options: Any) -> Any:
+        """A session whose steps can be recorded as CUDA graphs; None, with the reason noted, where onnxruntime refuses
+        that."""
+        try:
+            return onnxruntime.InferenceSession(str(self.model), options, providers=provider_list(provider, True))
+        except Exception as error:
+            if "graph capture" not in str(error):
+                raise
+            self.not_captured = "the graph has nodes that CUDA hands to the CPU and back"
+            return None
+
+    def _check_attention(self) -> None:
+        """Raises ProviderError where attention would run on the CPU, the whole cache copied there and back each
+        step."""
+        if any(node.provider == "cpu" and node.operator.endswith("::GroupQueryAttention") for node in self.placement()):
+            raise ProviderError(
+                f"bundle {self.bundle.folder}: onnxruntime has no GroupQueryAttention in {self.bundle.cache_dtype} for "
+                f"CUDA; export it with --dtype fp16 or bf16, or with --target portable"
+            )
 
     def for_tokens(self, tokens: int) -> Session:
         """The session that runs so many new tokens at once the quickest: itself, or that of a quantized bundle's graph
@@ -162,7 +160,7 @@ class Session:
 
     def _check_contract(self) -> None:
         """Raises BundleError where the model's inputs and outputs are not what the manifest says."""
-        dtype = {"float32": "float", "float16": "float16", "int8": "int8"}[self.bundle.cache_dtype]
+        dtype = {"float32": "float"}.get(self.bundle.cache_dtype, self.bundle.cache_dtype)
         for values, wanted in (
             (self.inference.get_inputs(), self.inputs),
             (self.inference.get_outputs(), self.outputs),
@@ -186,18 +184,22 @@ class Session:
             for node in part.get_nodes()
         ]
 
-    def array(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+    def array(self, shape: Sequence[int], dtype: str, pinned: bool = False) -> DeviceArray:
         """Zeros on the session's device, at an address that never changes."""
-        return DeviceArray(shape, np.dtype(dtype), self.device)
+        return DeviceArray(shape, dtype, self.device, pinned)
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """An uninitialised OrtValue on the session's device."""
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
+    def value(self, values: np.ndarray[Any, Any], dtype: str) -> Any:
+        """An OrtValue on the session's device with a copy of ``values``, stored as ``contract.storage_dtype`` says."""
+        return to_device(values, dtype, self.device)
+
+    def host(self, value: Any, dtype: str) -> np.ndarray[Any, Any]:
+        """What an OrtValue of the session's device holds; on the CPU a view."""
+        return to_host(value, dtype, self.device)
 
     def evaluate(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """One run on arrays by input name, to all outputs in graph order. Raises BundleError where it fails."""
         try:
-            return self.inference.run(None, dict(feeds))
+            return self.inference.run(None, dict(feeds), self._uncaptured())
         except Exception as error:
             raise self._failed("run", error) from error
 
@@ -212,12 +214,35 @@ class Session:
         """An empty onnxruntime IOBinding."""
         return self.inference.io_binding()
 
-    def run(self, binding: Any) -> None:
-        """One step with everything bound. Raises BundleError where onnxruntime fails."""
+    def run(self, binding: Any, recorded: int | None = None) -> None:
+        """One step with everything bound. Raises BundleError where onnxruntime fails.
+
+        recorded: the number of a CUDA graph (``new_graph``), which is made at the first run, of what is bound then,
+        and launched at later ones; it is not waited for, as ``DeviceArray.download`` does that.
+        """
+        options = self._uncaptured() if recorded is None else self._graphs[recorded]
         try:
-            self.inference.run_with_iobinding(binding)
+            self.inference.run_with_iobinding(binding, options)
         except Exception as error:
             raise self._failed("run", error) from error
+
+    def new_graph(self) -> int:
+        """The number of a CUDA graph that is still to be recorded: of one binding of addresses and shapes."""
+        number = len(self._graphs) + 1  # 0 is onnxruntime's own where none is given
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._graphs[number] = options
+        return number
+
+    def _uncaptured(self) -> Any:
+        """Options of a run that is not recorded."""
+        if self.not_captured is not None:
+            return None
+        if UNCAPTURED not in self._graphs:
+            self._graphs[UNCAPTURED] = onnxruntime.RunOptions()
+            self._graphs[UNCAPTURED].add_run_config_entry("gpu_graph_id", str(UNCAPTURED))
+        return self._graphs[UNCAPTURED]
 
 
 def _session_options(
@@ -253,52 +278,3 @@ def _open_prepared(place: PreparedGraph, threads: int) -> Any:
     except Exception:  # whatever onnxruntime has against it: the bundle's own file is what counts
         place.refuse(unfinished)
     return None
-
-
-class DeviceArray:
-    """A contiguous array that onnxruntime reads and writes in place; ``host`` is its memory on the CPU."""
-
-    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], device: str) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.device = device
-        self.host = np.zeros(self.shape, dtype)
-        self._value = None
-        if device != "cpu":
-            self._value = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0)
-        self.address = self.host.ctypes.data if self._value is None else self._value.data_ptr()
-
-    def upload(self) -> None:
-        """Make the device see what was written to ``host``."""
-        if self._value is not None:
-            self._value.update_inplace(self.host)
-
-    def download(self) -> np.ndarray[Any, Any]:
-        """What the device wrote; on the CPU no copy."""
-        if self._value is not None:
-            self.host[...] = self._value.numpy()
-        return self.host
-
-    def bind(
-        self,
-        binding: Any,
-        name: str,
-        output: bool = False,
-        shape: Sequence[int] | None = None,
-        offset: int = 0,
-    ) -> None:
-        """Bind it, or a contiguous part of it of ``shape`` from element ``offset`` on."""
-        bind = binding.bind_output if output else binding.bind_input
-        bind(
-            name,
-            self.device,
-            0,
-            self.dtype.type,
-            list(self.shape if shape is None else shape),
-            self.address + offset * self.dtype.itemsize,
-        )
-
-    def bind_rows(self, binding: Any, name: str, row: int, rows: int, output: bool = False) -> None:
-        """Bind the part ``[row : row + rows]`` of the first axis."""
-        shape = self.shape[1:]
-        self.bind(binding, name, output, (rows, *shape), row * math.prod(shape))

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from pe_onnx import contract
+from pe_onnx.device_arrays import DeviceArray
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.memory import available_bytes
-from pe_onnx.session import DeviceArray, Session
+from pe_onnx.session import Session
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +33,7 @@ class Sources:
         if crossing is None:
             raise ConfigError("a source is for an encoder-decoder; this bundle is a decoder")
         ids, mask = _padded(rows, bundle.shape["vocab_size"])
-        _check_memory(ids.shape, crossing, np.dtype(bundle.cache_dtype).itemsize)
+        _check_memory(ids.shape, crossing, contract.storage_dtype(bundle.cache_dtype).itemsize)
         self.decoder = decoder
         self.crossing = crossing
         self.lengths = mask.sum(1)
@@ -40,10 +41,10 @@ class Sources:
         """Which of the sources each row is over."""
         self.ready = np.zeros(len(ids), bool)
         """Of each row, whether its cross cache is filled."""
-        self._mask = _filled(decoder, mask)
+        self._mask = _filled(decoder, mask, "int64")
         self._hidden: DeviceArray | None = decoder.array((*ids.shape, crossing.width), bundle.cache_dtype)
         binding = encoder.binding()
-        inputs = [_filled(encoder, ids), _filled(encoder, mask)]
+        inputs = [_filled(encoder, ids, "int64"), _filled(encoder, mask, "int64")]
         for name, array in zip(("input_ids", "attention_mask"), inputs, strict=True):
             array.bind(binding, name)
         self._hidden.bind(binding, "last_hidden_state", output=True)
@@ -64,7 +65,7 @@ class Sources:
     @property
     def nbytes(self) -> int:
         """Bytes of the cross cache."""
-        return sum(buffer.host.nbytes for buffer in self.buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def bind(self, binding: Any, row: int, rows: int) -> None:
         """Bind what a run over rows ``row .. row + rows - 1`` needs; call ``ran`` after it."""
@@ -94,12 +95,13 @@ class Sources:
             return False
         self.origin, self.ready, self.lengths = (x[parents] for x in (self.origin, self.ready, self.lengths))
         mask, hidden, held = self._mask, self._hidden, self.buffers
-        self._mask = _filled(self.decoder, mask.host[parents])
-        self._hidden = hidden and _filled(self.decoder, hidden.download()[parents])
+        dtype = self.decoder.bundle.cache_dtype
+        self._mask = _filled(self.decoder, mask.host[parents], "int64")
+        self._hidden = hidden and _filled(self.decoder, hidden.download()[parents], dtype)
         self._make(*self._mask.shape)
         if self.ready.any():
             for i, buffer in enumerate(held):
-                self.buffers[i] = _filled(self.decoder, buffer.download()[parents])
+                self.buffers[i] = _filled(self.decoder, buffer.download()[parents], dtype)
         return True
 
 
@@ -130,8 +132,8 @@ def _check_memory(shape: tuple[int, ...], crossing: contract.Crossing, itemsize:
         )
 
 
-def _filled(session: Session, values: Array) -> DeviceArray:
-    array = session.array(values.shape, values.dtype)
+def _filled(session: Session, values: Array, dtype: str) -> DeviceArray:
+    array = session.array(values.shape, dtype)
     array.host[...] = values
     array.upload()
     return array

@@ -42,7 +42,7 @@ class Rule(NamedTuple):
     """Roundings at any depth, counted as layers."""
 
 
-RULES = {"fp32": Rule(24, 143.0, 2), "fp16": Rule(11, 9.0, 14), "int8": Rule(8, 9.0, 14)}
+RULES = {"fp32": Rule(24, 143.0, 2), "fp16": Rule(11, 9.0, 14), "bf16": Rule(8, 9.0, 14), "int8": Rule(8, 9.0, 14)}
 """By the dtype in which products are computed."""
 
 KL_FACTOR, ACTIVATION = 3.2, 1.5
@@ -72,12 +72,12 @@ class Tolerance(NamedTuple):
 
 
 def unit_roundoff(dtype: str) -> float:
-    """u, the greatest relative error of one rounding. dtype: ``fp32`` or ``fp16``."""
+    """u, the greatest relative error of one rounding. dtype: ``fp32``, ``fp16`` or ``bf16``."""
     return 2.0 ** -RULES[dtype].bits
 
 
 def tolerance_for(dtype: str, layers: int) -> Tolerance:
-    """What a bundle is allowed. dtype: ``fp32`` or ``fp16``. layers: that a logit went through, an encoder's too."""
+    """What a bundle is allowed. dtype: of its weights. layers: that a logit went through, an encoder's too."""
     bits, factor, fixed = RULES[dtype]
     error = factor * 2.0**-bits * math.sqrt(layers + fixed)
     derived = f"{dtype}: {factor:g} u sqrt({layers} layers + {fixed}), u = 2^-{bits}"

@@ -60,7 +60,8 @@ def to_onnx(
         FusedProjections()(model)
         if target == "ort":
             SkipNorms()(model)
-        cache_dtype = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[dtype]
+        names = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+        cache_dtype = names[dtype]
         ContractNames(part.inputs, part.outputs, cache_dtype)(model)
     if target == "ort":
         model.opset_imports["com.microsoft"] = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_onnx import contract
-from pe_onnx.bundle import DECODER, FORMAT, MODEL, RUNTIME, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
+from pe_onnx.bundle import CUDA, DECODER, FORMAT, MODEL, RUNTIME, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
 from pe_onnx.errors import ConfigError, needs
 from pe_onnx.machine import versions
 
@@ -22,11 +22,13 @@ with needs("export", "'pe-onnx[export]'"):
 from pe_onnx.models.exportable import Exportable
 from pe_onnx.passes.quantized_weights import storage_of
 from pe_onnx.passes.rotating_attention import RotatingAttention
+from pe_onnx.passes.whole_bias import WholeBias
 from pe_onnx.passes.window_cache import WindowCache
 from pe_onnx.tracing import Progress
 
 EMBED_BELOW_BYTES = 1 << 20
 """Weights smaller than this stand in the ONNX file itself."""
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 EXTERNAL_FROM_BYTES = 257
 """Smaller tensors stand in the ONNX file in any case."""
 
@@ -127,11 +129,19 @@ def _same_bytes(tensor: ir.ExternalTensor, value: ir.Value) -> ir.ExternalTensor
 
 
 def write_runtime(folder: Path) -> None:
-    """The decoder once more with rotations inside attention, where it has such and its weights are a file beside it."""
-    if not (folder / WEIGHTS).exists() or not (folder / MODEL).exists():
+    """The decoder once more as our sessions run it: with rotations inside attention, where it has such, and in half
+    precision, which is for CUDA, biases of fixed shapes. On the CPU only where weights are a file beside the graphs.
+    """
+    if not (folder / MODEL).exists():
         return
     model = ir.load(folder / MODEL)
-    if RotatingAttention()(model).modified:
+    half = any(value.dtype in HALF for value in model.graph.inputs)
+    if not half and not (folder / WEIGHTS).exists():
+        return
+    rotated = RotatingAttention()(model).modified
+    if half and (WholeBias()(model).modified or rotated):
+        ir.save(model, folder / CUDA)
+    elif rotated:
         ir.save(model, folder / RUNTIME)
 
 

@@ -26,7 +26,7 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 @click.option("--preset", default=None, metavar="NAME", help="Size of our own decoder: tiny, small or base. [tiny]")
 @click.option("--set", "fields", multiple=True, metavar="KEY=VALUE", help="A field of our own decoder's configuration.")
 @click.option("--target", default="ort", metavar="ort|portable", show_default=True, help="Who runs it.")
-@click.option("--dtype", default="fp32", metavar="fp32|fp16", show_default=True, help="Of weights and cache.")
+@click.option("--dtype", default="fp32", metavar="fp32|fp16|bf16", show_default=True, help="Of weights and cache.")
 @click.option("--bits", type=int, metavar="4|8", help="Round the weights at once, as pe-onnx quantize does.")
 @click.option("--block", type=int, metavar="N", help="With --bits: weights that share a scale.")
 @click.option("--cache", metavar="int8", help="Keys and values in int8, as pe-onnx quantize has them.")

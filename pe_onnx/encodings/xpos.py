@@ -25,8 +25,9 @@ from pe_onnx.config import DecoderConfig
 from pe_onnx.encoding import Tables, check
 from pe_onnx.encodings.rope import Rope
 
-REACH = {"fp32": 60.0, "fp16": 6.0}
-"""Greatest exponent of e in a factor: float32 holds e^88, float16 e^11, and a query or a key stands beside it."""
+REACH = {"fp32": 60.0, "fp16": 6.0, "bf16": 60.0}
+"""Greatest exponent of e in a factor: float32 and bfloat16 hold e^88, float16 e^11, and a query or a key stands beside
+it."""
 
 
 class Xpos(Rope):

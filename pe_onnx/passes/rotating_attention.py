@@ -5,14 +5,17 @@ tables of cosines and sines: a Split and two RotaryEmbedding a layer go, and wha
 
     (q, k, v) = Split(x);  CachedAttention(R(q), R(k), v)  ->  GroupQueryAttention(x, cos, sin, do_rotary = 1)
 
-The angles stay those that the graph computes: cosines and sines of the tokens of this run are put at their positions in
-tables of ``total_length`` rows, of which nobody reads the others. Positions must be those of the slots, as our runtime
-has them: onnxruntime leaves unrotated what lies beyond the cache.
+The angles stay those that the graph computes, in float32. Cosines and sines of the tokens of this run are put at their
+positions in tables of ``total_length`` rows, of which nobody reads the others. Positions must be those of the slots, as
+our runtime has them: onnxruntime leaves unrotated what lies beyond the cache.
+
+In half precision attention takes its tables rounded to it, as transformers rotates, where RotaryEmbedding itself
+computes in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
@@ -45,42 +48,62 @@ class RotatingAttention(ir.passes.InPlacePass):
 def _rotate(graph: ir.Graph, node: ir.Node, tables: dict[tuple[ir.Value, ir.Value], Tables]) -> bool:
     """Replace one layer's attention where its inputs allow it."""
     given = inputs_of(node)
-    query, key, value = (x.producer() if x is not None else None for x in given[:3])
+    rotations = [_rotation(x) for x in given[:2]]
+    query, key = (rotation.node if rotation else None for rotation in rotations)
+    value = given[2].producer() if given[2] is not None else None
     if query is None or key is None or value is None or value.op_type != "Split" or value.domain:
         return False
     H, K, D = attribute(node, "num_heads", 0), attribute(node, "kv_heads", 0), _last(given[3])
     if D is None or numbers(value.inputs[1]) != [H * D, K * D, K * D] or attribute(value, "axis", 0) != -1:
         return False
     joined, interleaved = list(value.outputs), attribute(query, "interleaved", 0)
-    for part, rotation, heads in zip(joined, (query, key), (H, K), strict=False):
+    for part, made, heads in zip(joined, rotations, (H, K), strict=False):
+        assert made is not None
+        rotation = made.node
         if (
             (rotation.domain, rotation.op_type) != (PE_ONNX, "RotaryEmbedding")
-            or rotation.inputs[0] is not part
+            or made.source is not part
             or rotation.inputs[1:3] != query.inputs[1:3]
             or attribute(rotation, "interleaved", 0) != interleaved
             or attribute(rotation, "num_heads", 0) != heads
             or attribute(rotation, "rotary_dim", 0) != D
         ):
             return False
-    alone = all(len(readers(x)) == 1 for x in (*joined, query.outputs[0], key.outputs[0]))
-    if given[2] is not joined[2] or not alone or given[6] is None or not _in_float32(*query.inputs[:3], given[3]):
+    alone = all(len(readers(x)) == 1 for x in (*joined, query.outputs[0], key.outputs[0], *given[:2]) if x is not None)
+    if given[2] is not joined[2] or not alone or given[6] is None:
         return False
 
     cos, sin = query.inputs[1:3]
     assert cos is not None
     assert sin is not None
     if (cos, sin) not in tables:
-        tables[cos, sin] = _tables(graph, node, (cos, sin), given[6], D // 2)
+        assert joined[0].dtype is not None
+        tables[cos, sin] = _tables(graph, node, (cos, sin), given[6], D // 2, joined[0].dtype)
     inputs = [value.inputs[0], None, None, *given[3:7], *tables[cos, sin], *given[7:]]
     regroup(graph, node, inputs, {"do_rotary": 1, "rotary_interleaved": interleaved})
-    for rotation in (query, key):
-        drop(rotation.outputs[0])
+    for rotated in given[:2]:
+        drop(rotated)
     return True
 
 
-def _in_float32(*values: ir.Value | None) -> bool:
-    """As float16 RotaryEmbedding computes with tables in float32, which attention does not take."""
-    return all(value is not None and value.dtype == ir.DataType.FLOAT for value in values)
+class _Rotation(NamedTuple):
+    """What makes queries or keys, and of what."""
+
+    node: ir.Node
+    source: ir.Value | None
+
+
+def _rotation(value: ir.Value | None) -> _Rotation | None:
+    """Half precision goes to float32 before a rotation, and back behind it."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or value.dtype == ir.DataType.FLOAT or node.op_type != "Cast" or node.domain:
+        return None if node is None else _Rotation(node, node.inputs[0] if node.inputs else None)
+    rotation = node.inputs[0].producer() if node.inputs[0] is not None else None
+    before = rotation.inputs[0].producer() if rotation is not None and rotation.inputs[0] is not None else None
+    if rotation is None or before is None or before.op_type != "Cast" or before.domain:
+        return None
+    source = before.inputs[0]
+    return _Rotation(rotation, source if source is not None and source.dtype == value.dtype else None)
 
 
 def _last(value: ir.Value | None) -> int | None:
@@ -88,10 +111,17 @@ def _last(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _tables(graph: ir.Graph, node: ir.Node, rotation: tuple[ir.Value, ir.Value], length: ir.Value, half: int) -> Tables:
+def _tables(
+    graph: ir.Graph,
+    node: ir.Node,
+    rotation: tuple[ir.Value, ir.Value],
+    length: ir.Value,
+    half: int,
+    dtype: ir.DataType,
+) -> Tables:
     """Before ``node``. rotation: cos and sin ``[B or 1, T, half]``; length: slots in use, int32 ``[1]``."""
     (positions,) = (value for value in graph.inputs if value.name == "position_ids")
-    integers, floats = ir.TensorType(ir.DataType.INT64), rotation[0].type
+    integers, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(dtype)
 
     def add(op_type: str, inputs: list[ir.Value], rank: int, kind: ir.TypeProtocol | None, **attributes: Any) -> Any:
         made = insert(node, op_type, inputs, [ir.SymbolicDim(None)] * rank, attributes)
@@ -100,8 +130,9 @@ def _tables(graph: ir.Graph, node: ir.Node, rotation: tuple[ir.Value, ir.Value],
 
     width = constant(graph, [half])
     size = add("Concat", [add("Cast", [length], 1, integers, to=7), width], 1, integers, axis=0)
-    empty = add("ConstantOfShape", [size], 2, floats, value=ir.tensor([0.0], ir.DataType.FLOAT))
+    empty = add("ConstantOfShape", [size], 2, floats, value=ir.tensor([0.0], dtype))
     rows = add("Unsqueeze", [positions, constant(graph, [2])], 3, integers)
     shape = add("Concat", [add("Shape", [positions], 1, integers), width], 1, integers, axis=0)
-    cos, sin = (add("ScatterND", [empty, rows, add("Expand", [x, shape], 3, floats)], 2, floats) for x in rotation)
+    narrow = [x if x.dtype == dtype else add("Cast", [x], 3, floats, to=int(dtype)) for x in rotation]
+    cos, sin = (add("ScatterND", [empty, rows, add("Expand", [x, shape], 3, floats)], 2, floats) for x in narrow)
     return cos, sin, positions
