@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pe_onnx import contract
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import BundleError, InputError, first_line, needs
 from pe_onnx.session import onnxruntime
@@ -193,7 +194,7 @@ class Tables:
         feeds = {}
         for name in self.inputs:
             shape = [sizes.get(n, 1) if isinstance(n, str) else n for n in shapes[name]]
-            dtype = np.int64 if len(shapes[name]) == 2 else self.bundle.cache_dtype
+            dtype = np.dtype(np.int64) if len(shapes[name]) == 2 else contract.storage_dtype(self.bundle.cache_dtype)
             feeds[name] = np.ones(shape, dtype) if name == "attention_mask" else np.zeros(shape, dtype)
         if "position_ids" in feeds:
             feeds["position_ids"][0] = positions

@@ -41,8 +41,8 @@ class Provider(NamedTuple):
 def examine() -> dict[str, Any]:
     """Everything that ``pe-onnx doctor`` shows, plain values for JSON.
 
-    ``providers`` are tried by running a product on each; ``other_providers`` onnxruntime was built with too. ``problems`` are those that keep something from working, each
-    with its remedy; a machine without a GPU is none.
+    ``providers`` are tried by running a product on each; ``other_providers`` onnxruntime was built with too.
+    ``problems`` are those that keep something from working, each with its remedy; a machine without a GPU is none.
     """
     installed = versions((*RUNTIMES, *RUNNING, *EXPORT))
     problems = []

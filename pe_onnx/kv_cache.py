@@ -26,6 +26,9 @@ FIRST_CAPACITY = 256
 LEAST_RECORDED = 256
 """Slots by which the masks of recorded steps differ at least."""
 
+FILLED_TOKENS = 1024
+"""Of a cache that is filled for measuring, tokens whose values are drawn; they are repeated."""
+
 WINDOW_SLACK = 256
 """Slots beyond the window, or as many again where that is less: onnxruntime moves the window to the front each time
 they are full, and so far a row can be cut back."""
@@ -115,7 +118,8 @@ class InPlaceCache(KVCache):
         self.reserve(tokens)
         for i, buffer in enumerate(self.buffers):
             (_, K, _, D), n = buffer.shape, self._resident(i // 2, tokens)
-            values = contract.stored(rng.standard_normal((K, n, D), np.float32), self.dtype)
+            few = contract.stored(rng.standard_normal((K, min(n, FILLED_TOKENS), D), np.float32), self.dtype)
+            values = np.tile(few, (1, -(-n // few.shape[1]), 1))[:, :n]
             for b in range(self.batch_size):
                 buffer.put_block(b, 0, values)
         return lambda: None  # a step writes behind them

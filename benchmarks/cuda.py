@@ -1,0 +1,323 @@
+"""Decoders on a CUDA device: decode ms/token and prefill tokens/s against context, in half precision.
+
+Six encodings of preset ``base``, and a decoder of 1.1 billion parameters with RoPE, ALiBi and none, batch 1: ours in
+onnxruntime, steps recorded as CUDA graphs. Beside the large one, on the same device and in turns with it: transformers'
+Llama of the same sizes, eager with SDPA, and compiled (``torch.compile``, ``reduce-overhead``) with a static cache.
+Weights and caches are random; what a step costs does not depend on them. A step is timed from the token on the host to
+the logits on the host. The bound of a step is (bytes of weights + bytes of cache in use) / the rate at which the device
+copies within its own memory, bytes read and written counted, measured in the same run.
+
+    python benchmarks/cuda.py [--contexts 1024,8192,32768] [--cache DIR] [--prepare] [-o benchmarks/cuda.json]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from steps import WARM_UP, decode_times, median_ms
+
+import pe_onnx
+from pe_onnx.doctor import cuda as cuda_facts
+from pe_onnx.machine import describe_machine, versions
+
+ENCODINGS = ("none", "learned", "sinusoidal", "rope", "t5_bias", "alibi")
+LARGE_ENCODINGS = ("none", "rope", "alibi")
+LONGEST = 32_768 + 64
+BASE: dict[str, Any] = {"max_position_embeddings": LONGEST}
+LARGE: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "max_position_embeddings": LONGEST,
+}
+"""The sizes of Llama 3.2 1B but for the vocabulary; 1.10 billion parameters."""
+PACKAGES = ("onnxruntime-gpu", "torch", "transformers", "numpy")
+PROMPT_REPEATS = 3
+
+Step = Callable[[], None]
+
+
+def bundle(cache: Path, name: str, encoding: str, dtype: str, sizes: dict[str, Any], preset: str) -> Path:
+    """The folder of a bundle of target ``ort``, exported where it is missing."""
+    folder = cache / name
+    if not (folder / "manifest.json").exists():
+        click.echo(f"export {name}", err=True)
+        pe_onnx.export(encoding=encoding, output=folder, preset=preset, config=sizes, dtype=dtype, verify=False)
+    return folder
+
+
+def folders(cache: Path, dtype: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Of preset ``base`` and of the large configuration, by encoding."""
+    base = {e: bundle(cache, f"base_{e}_{dtype}", e, dtype, BASE, "base") for e in ENCODINGS}
+    large = {e: bundle(cache, f"large_{e}_{dtype}", e, dtype, LARGE, "tiny") for e in LARGE_ENCODINGS}
+    return base, large
+
+
+def copy_rate() -> float:
+    """Bytes a second that are read and written by a copy on the device, the best of several."""
+    import torch
+
+    source = torch.ones(1 << 30, dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    best = math.inf
+    for _ in range(8):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * source.nbytes / best
+
+
+def prefill_rate(model: Any, tokens: int) -> float:
+    """Median tokens/s of a prompt."""
+    ids = np.random.default_rng(0).integers(0, 256, tokens).tolist()
+    times = []
+    for repeat in range(PROMPT_REPEATS + 1):
+        cache = model.cache(1, tokens)
+        cache.reserve(tokens)
+        begin = time.perf_counter()
+        cache.prefill([ids])
+        if repeat:
+            times.append(time.perf_counter() - begin)
+    return tokens / statistics.median(times)
+
+
+def step_bytes(model: Any, context: int) -> int:
+    """Weights but for the token embedding, of which a step reads a row, and the cache in use."""
+    manifest = model.bundle.manifest
+    config = manifest["source"]["config"]
+    itemsize = 2
+    embedding = config["vocab_size"] * config["hidden_size"] * itemsize
+    position = LONGEST * config["hidden_size"] * itemsize if config["encoding"] == "learned" else 0
+    weights: int = manifest["graph"]["weight_bytes"]
+    return weights - embedding - position + context * model.bundle.cache_bytes_per_token
+
+
+def measure(models: dict[str, Any], contexts: list[int], repeats: int, rate: float) -> dict[str, Any]:
+    """Of each model: decode by context, prefill by tokens, and whether its steps were recorded."""
+    figures: dict[str, Any] = {
+        name: {"recorded": model.session.not_captured is None, "decode": {}, "prefill": {}}
+        for name, model in models.items()
+    }
+    for context in contexts:
+        for name, times in decode_times(models, context, repeats).items():
+            bound = step_bytes(models[name], context) / rate
+            ms = median_ms(times)
+            figures[name]["decode"][str(context)] = {"ms": ms, "bound_share": 1000 * bound / ms}
+            click.echo(f"{name} at {context}: {ms:.3f} ms, {1000 * bound / ms:.0%} of the bound", err=True)
+        for name, model in models.items():
+            figures[name]["prefill"][str(context)] = prefill_rate(model, context)
+            click.echo(f"{name}: {figures[name]['prefill'][str(context)]:.0f} prompt tokens/s", err=True)
+    return figures
+
+
+def copies(folder: Path) -> list[dict[str, Any]]:
+    """Of a profile of some decode steps every copy between host and device, with its bytes: none is of the cache."""
+    from pe_onnx.bundle import CUDA, read_bundle
+    from pe_onnx.kv_cache import make_cache
+    from pe_onnx.session import Session
+
+    read = read_bundle(folder, verify=False)
+    graph = CUDA if (folder / CUDA).exists() else read.model.name
+    session = Session(read, "cuda", graph=graph, profile=folder / "profile")
+    cache = make_cache(session, 1, 512)
+    cache.prefill([list(range(256))])
+    for _ in range(4):
+        cache.decode([7])
+    path = session.end_profile()
+    events = json.loads(path.read_text("utf-8"))
+    path.unlink()
+    return [
+        {"node": event["name"], "bytes": int(event["args"].get("output_size", 0))}
+        for event in events
+        if event.get("cat") == "Node" and event["args"].get("op_name", "").startswith("Memcpy")
+    ]
+
+
+class TorchLlama:
+    """transformers' Llama of the large configuration's sizes, random weights, on the device."""
+
+    def __init__(self, dtype: str) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.torch = torch
+        names = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        self.config = LlamaConfig(**LARGE, tie_word_embeddings=False, attn_implementation="sdpa")
+        with torch.device("cuda"):
+            torch.set_default_dtype(names[dtype])
+            try:
+                self.model = LlamaForCausalLM(self.config).eval()
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+    def _filled(self, cache: Any, context: int) -> Any:
+        torch, c = self.torch, self.config
+        size = c.hidden_size // c.num_attention_heads
+        shape = (1, c.num_key_value_heads, context, size)
+        position = torch.arange(context, device="cuda")
+        for layer in range(c.num_hidden_layers):
+            values = torch.randn(shape, dtype=self.model.dtype, device="cuda")
+            cache.update(values, values, layer, {"cache_position": position})
+        return cache
+
+    def eager(self, context: int) -> Step:
+        """A step behind ``context`` tokens in a cache that grows, and is cut back."""
+        torch = self.torch
+        from transformers import DynamicCache
+
+        cache = self._filled(DynamicCache(config=self.config), context)
+        ids = torch.full((1, 1), 7, dtype=torch.int64)
+
+        def step() -> None:
+            with torch.inference_mode():
+                logits = self.model(ids.to("cuda"), past_key_values=cache, use_cache=True).logits
+                logits[:, -1].float().cpu()
+                cache.crop(context)
+
+        return step
+
+    def compiled(self, context: int) -> Step:
+        """A step in a static cache of as many slots, compiled and replayed as a CUDA graph."""
+        torch = self.torch
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self.config, max_cache_len=context + 8)
+        with torch.inference_mode():
+            self._filled(cache, context)
+        forward = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=False)
+        ids = torch.full((1, 1), 7, dtype=torch.int64)
+        positions = torch.full((1, 1), context, dtype=torch.int64, device="cuda")
+        place = torch.tensor([context], device="cuda")
+
+        def step() -> None:
+            with torch.inference_mode():
+                given = {"position_ids": positions, "cache_position": place, "past_key_values": cache}
+                logits = forward(ids.to("cuda"), **given, use_cache=True).logits
+                logits[:, -1].float().cpu()
+
+        return step
+
+    def prefill(self, tokens: int) -> float:
+        """Median tokens/s of a prompt, eager."""
+        torch = self.torch
+        ids = torch.randint(0, 256, (1, tokens))
+        times = []
+        for repeat in range(PROMPT_REPEATS + 1):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                self.model(ids.to("cuda"), use_cache=True, logits_to_keep=1).logits.float().cpu()
+            if repeat:
+                times.append(time.perf_counter() - begin)
+        return tokens / statistics.median(times)
+
+
+def against_torch(model: Any, dtype: str, contexts: list[int], compiled: list[int], repeats: int) -> dict[str, Any]:
+    """Decode ms of ours, of eager and of compiled PyTorch, in turns; prefill tokens/s of eager PyTorch."""
+    llama = TorchLlama(dtype)
+    result: dict[str, Any] = {}
+    for context in contexts:
+        cache = model.cache(1, context + 8)
+        cache.reserve(context + 1)
+        back = cache.fill(context, np.random.default_rng(0))
+
+        def ours(cache: Any = cache, back: Step = back) -> None:
+            back()
+            cache.decode([7])
+
+        steps: dict[str, Step] = {"pe-onnx": ours}
+        with reported(f"eager at {context}"):
+            steps["PyTorch eager"] = llama.eager(context)
+        if context in compiled:
+            with reported(f"compiled at {context}"):
+                steps["PyTorch compiled"] = llama.compiled(context)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for repeat in range(repeats + WARM_UP):
+            for name, step in list(steps.items()):
+                with reported(f"{name} at {context}"):
+                    begin = time.perf_counter()
+                    step()
+                    spent = time.perf_counter() - begin
+                    if repeat >= WARM_UP:
+                        times[name].append(spent)
+                    continue
+                del steps[name]
+        result[str(context)] = {name: {"ms": median_ms(each)} for name, each in times.items() if each}
+        with reported(f"prompt of {context}"):
+            result[str(context)].setdefault("PyTorch eager", {})["prefill"] = llama.prefill(context)
+        click.echo(f"at {context}: {json.dumps(result[str(context)])}", err=True)
+    return result
+
+
+class reported(suppress):  # noqa: N801
+    """What PyTorch cannot do is said and left out."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(Exception)
+        self.what = what
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        if error is not None:
+            click.echo(f"{self.what}: {type(error).__name__}: {str(error)[:300]}", err=True)
+        return bool(super().__exit__(kind, error, trace))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+@click.command()
+@click.option("--contexts", default="1024,8192,32768", show_default=True)
+@click.option("--compiled", default="1024,8192", show_default=True, help="Contexts at which PyTorch is compiled too.")
+@click.option("--repeats", default=60, show_default=True)
+@click.option("--dtype", default="fp16", show_default=True)
+@click.option("--cache", type=click.Path(path_type=Path), default=Path(__file__).parent / ".cuda", help="Bundles.")
+@click.option("--prepare", is_flag=True, help="Export the bundles only; no device is needed.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
+def main(contexts: str, compiled: str, repeats: int, dtype: str, cache: Path, prepare: bool, output: Path) -> None:
+    """Measure decoders on a CUDA device, beside PyTorch."""
+    cache.mkdir(parents=True, exist_ok=True)
+    base, large = folders(cache, dtype)
+    if prepare:
+        return
+    lengths = _numbers(contexts)
+    result: dict[str, Any] = {
+        **describe_machine(),
+        "cuda": cuda_facts(),
+        "versions": versions(PACKAGES),
+        "dtype": dtype,
+        "batch": 1,
+        "contexts": lengths,
+    }
+    rate = result["copy_bytes_per_s"] = copy_rate()
+
+    def save() -> None:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+    result["copies"] = {name: copies(folder) for name, folder in base.items()}
+    for title, made in (("base", base), ("large", large)):
+        models = {name: pe_onnx.load(folder, provider="cuda", verify=False) for name, folder in made.items()}
+        result[title] = measure(models, lengths, repeats, rate)
+        save()
+    rope = models["rope"]
+    del models
+    result["against PyTorch"] = against_torch(rope, dtype, lengths, _numbers(compiled), repeats)
+    save()
+
+
+if __name__ == "__main__":
+    main()
