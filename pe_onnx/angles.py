@@ -22,7 +22,7 @@ import numpy as np
 from pe_onnx import contract
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import BundleError, InputError, first_line, needs
-from pe_onnx.session import onnxruntime
+from pe_onnx.providers import onnxruntime
 
 if TYPE_CHECKING:
     import onnx_ir as ir

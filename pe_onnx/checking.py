@@ -227,14 +227,14 @@ def _write_baseline(report: CheckReport, file: Path, entries: dict[str, Any], re
 
 def _require_provider(name: str) -> None:
     """Raises ProviderError where a provider that was asked for cannot be had."""
-    from pe_onnx.session import resolve_provider
+    from pe_onnx.providers import resolve_provider
 
     resolve_provider(name)
 
 
 def _resolved(providers: Sequence[str]) -> list[str]:
     """Each once, ``auto`` by the name of what it stands for. Raises ConfigError for unknown names."""
-    from pe_onnx.session import PROVIDERS, resolve_provider
+    from pe_onnx.providers import PROVIDERS, resolve_provider
 
     short = {full: name for name, full in PROVIDERS.items()}
     found = []

@@ -28,9 +28,14 @@ def element_type(dtype: str) -> Any:
     return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
 
 
+def allocate(shape: Sequence[int], dtype: str, device: Device) -> Any:
+    """An OrtValue whose content is not set."""
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element_type(dtype), *device)
+
+
 def to_device(values: Array, dtype: str, device: Device) -> Any:
     """An OrtValue with a copy of ``values``, which are stored as ``contract.storage_dtype`` says."""
-    made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(values.shape), element_type(dtype), *device)
+    made = allocate(values.shape, dtype, device)
     if device.kind == "cpu":
         made.update_inplace(np.ascontiguousarray(values))
     elif values.size:
@@ -74,7 +79,7 @@ class DeviceArray:
             self._host = np.zeros(self.shape, self.dtype)
             self.address = self._host.ctypes.data
         else:
-            self._value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(self.shape), self._element, *device)
+            self._value = allocate(self.shape, dtype, device)
             self.address = self._value.data_ptr()
             cuda_memory.clear(self.address, self.nbytes, device.number)
 

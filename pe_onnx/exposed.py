@@ -10,7 +10,7 @@ import numpy as np
 
 from pe_onnx.bundle import Bundle
 from pe_onnx.errors import BundleError, first_line, needs
-from pe_onnx.session import PROVIDERS, onnxruntime, resolve_provider
+from pe_onnx.providers import PROVIDERS, onnxruntime, resolve_provider
 from pe_onnx.tolerance import exact_options
 
 with needs("looking into a graph", "'pe-onnx[export]'"):

@@ -27,7 +27,8 @@ from pe_onnx.fresh_process import call_fresh, status_bytes
 from pe_onnx.intervals import Estimate, median_interval, percentile, ratio_interval
 from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
 from pe_onnx.operator_times import profile as profile_bundle
-from pe_onnx.session import MAX_THREADS, resolve_provider
+from pe_onnx.providers import resolve_provider
+from pe_onnx.session import MAX_THREADS
 from pe_onnx.turns import Seconds, Turns, in_turns
 
 DEPTHS = (128, 1024)

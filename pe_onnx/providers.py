@@ -99,7 +99,7 @@ def missing_for_cuda() -> str | None:
             f"onnxruntime {onnxruntime.__version__} is a CPU build; pip uninstall onnxruntime, then "
             f"pip install 'pe-onnx[gpu]'"
         )
-    if os.name == "posix" and not any(Path(file).exists() for file in DRIVER_FILES):
+    if os.name == "posix" and not any(map(os.path.exists, DRIVER_FILES)):
         return "no NVIDIA driver is loaded on this machine"
     said = preloaded()
     return f"its libraries cannot be loaded: {said}" if said else None

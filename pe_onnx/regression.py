@@ -24,8 +24,9 @@ from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh
 from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.machine import describe_machine, versions
+from pe_onnx.providers import PROVIDERS, resolve_provider
 from pe_onnx.relative import MEASURES, Relative
-from pe_onnx.session import MAX_THREADS, PROVIDERS, resolve_provider
+from pe_onnx.session import MAX_THREADS
 from pe_onnx.yardstick import Sizes, Yardstick
 
 __all__ = [

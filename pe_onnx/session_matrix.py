@@ -21,7 +21,8 @@ from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.plain_values import plain
-from pe_onnx.session import LEVELS, PROVIDERS, RECORD_PLACEMENT, PlacedNode, Session, resolve_provider
+from pe_onnx.providers import PROVIDERS, resolve_provider
+from pe_onnx.session import LEVELS, RECORD_PLACEMENT, PlacedNode, Session
 from pe_onnx.sources import Sources
 from pe_onnx.tolerance import Tolerance, exact_options, given, tolerance_for
 

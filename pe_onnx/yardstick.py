@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pe_onnx.session import PROVIDERS, onnxruntime
+from pe_onnx.providers import PROVIDERS, onnxruntime
 from pe_onnx.yardstick_model import product_chain, weight_names
 
 PRODUCTS = 32

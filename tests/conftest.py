@@ -39,6 +39,12 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if needing := [item for item in items if item.get_closest_marker("cuda")]:
+        from pe_onnx.providers import missing_for_cuda
+
+        if missing := missing_for_cuda():
+            for item in needing:
+                item.add_marker(pytest.mark.skip(reason=f"no CUDA: {missing}"))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
@@ -166,6 +172,18 @@ def bundles(shared: Shared) -> Bundles:
         return shared((encoding, target, sorted(options.items(), key=str)), make)
 
     return get
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def provider(request: pytest.FixtureRequest) -> str:
+    """Where the bundles of a test run; on CUDA those of target ort are in half precision (``runnable_dtype``)."""
+    name: str = request.param
+    return name
+
+
+def runnable_dtype(provider: str, target: str) -> dict[str, str]:
+    """Options of an export to run there: GroupQueryAttention has no float32 on CUDA."""
+    return {"dtype": "fp16"} if (provider, target) == ("cuda", "ort") else {}
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ import pe_onnx
 LAYERS = [
     ("errors",),
     ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values", "block_quantization"),
-    ("intervals", "graph_nodes", "fresh_process", "yardstick_model", "prepared"),
-    ("attribution", "turns"),
+    ("intervals", "graph_nodes", "fresh_process", "yardstick_model", "prepared", "cuda_memory"),
+    ("attribution", "turns", "providers"),
+    ("device_arrays", "doctor"),
     ("bundle",),
     ("prepared_graph",),
     ("session",),
@@ -61,6 +62,7 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 ``encodings``, the files found by name.
 """
 RUNTIME = (
+    *("cuda_memory", "providers", "device_arrays", "doctor"),
     *("prepared", "bundle", "prepared_graph", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
     *("bundle", "session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "kv_cache", "memory_plan"),
     *("tokenizer", "sampling", "beam_search", "generate"),

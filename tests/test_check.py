@@ -110,9 +110,9 @@ def test_what_is_no_bundle_is_a_failure_of_its_own(what: str, rope: Path, parts:
 
 
 def test_a_provider_that_cannot_be_had_is_a_failure(rope: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pe_onnx import session
+    from pe_onnx import providers
 
-    monkeypatch.setattr(session, "_missing_for_cuda", lambda: "no NVIDIA driver is loaded on this machine")
+    monkeypatch.setattr(providers, "missing_for_cuda", lambda: "no NVIDIA driver is loaded on this machine")
     report = pe_onnx.check([rope], providers=["cuda", "cpu", "auto"], **SHORT)
     assert [check.provider for check in report.checks] == ["cuda", "cpu"]
     assert found(report) == {"bundle": "error"}

@@ -16,7 +16,7 @@ def test_it_returns_what_the_function_returns() -> None:
 
 def test_our_own_errors_come_back_as_they_are() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cpu'"):
-        call_fresh("pe_onnx.session:resolve_provider", name="cup")
+        call_fresh("pe_onnx.providers:resolve_provider", name="cup")
 
 
 @pytest.mark.parametrize("function", ["pe_onnx.nothing:f", "pe_onnx.errors:nothing", "os:abort", "os:_exit"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import runnable_dtype
 
 import pe_onnx
 from pe_onnx.config import DecoderConfig
@@ -41,19 +42,24 @@ BOTH = [
 ]
 
 
-def basic(bundles: Bundles, encoding: str, target: str = "ort") -> Path:
-    return bundles(encoding, target, **({} if encoding in UNGROUPED else {"config": GROUPED}))
+def basic(bundles: Bundles, encoding: str, target: str = "ort", **options: str) -> Path:
+    return bundles(encoding, target, **({} if encoding in UNGROUPED else {"config": GROUPED}), **options)
 
 
 @pytest.mark.parametrize(("encoding", "target"), BOTH)
-def test_every_mode_agrees_with_pytorch(bundles: Bundles, encoding: str, target: str) -> None:
-    report = check_parity(basic(bundles, encoding, target), tolerance=2e-5)
+def test_every_mode_agrees_with_pytorch(bundles: Bundles, encoding: str, target: str, provider: str) -> None:
+    options = runnable_dtype(provider, target)
+    report = check_parity(
+        basic(bundles, encoding, target, **options), tolerance=None if options else 2e-5, provider=provider
+    )
     expected = [mode for mode in (*MODES, GREEDY) if target == "portable" or not mode.endswith("_padding")]
     assert [mode.mode for mode in report.modes] == expected
     assert all(mode.positions > 0 for mode in report.modes)
     assert report.passed, report.to_dict()
     greedy = report.modes[-1]
-    assert (greedy.mode, greedy.positions, greedy.top1_agreement, greedy.near_ties) == ("greedy", 4 * 64, 1.0, 0)
+    assert (greedy.mode, greedy.positions) == ("greedy", 4 * 64)
+    if not options:
+        assert (greedy.top1_agreement, greedy.near_ties) == (1.0, 0)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import runnable_dtype
 
 import pe_onnx
 from pe_onnx import discovery
@@ -51,8 +52,8 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def folder(bundles: Bundles, name: str, target: str = "ort") -> Path:
-    options = {"config": CONFIGS.get(name, SWITCHED)}
+def folder(bundles: Bundles, name: str, target: str = "ort", **options: Any) -> Path:
+    options |= {"config": CONFIGS.get(name, SWITCHED)}
     if name in PARAMETERS:
         options["encoding_parameters"] = PARAMETERS[name]
     return bundles(name, target, **options)
@@ -79,14 +80,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
-def test_every_mode_agrees_with_pytorch(bundles: Bundles, name: str, target: str) -> None:
-    report = check_parity(folder(bundles, name, target), threads=1)
+def test_every_mode_agrees_with_pytorch(bundles: Bundles, name: str, target: str, provider: str) -> None:
+    options = runnable_dtype(provider, target)
+    report = check_parity(folder(bundles, name, target, **options), threads=1, provider=provider)
     expected = [mode for mode in (*MODES, GREEDY) if target == "portable" or not mode.endswith("_padding")]
     assert [mode.mode for mode in report.modes] == expected
     assert report.passed, report.to_dict()
-    assert report.relative_error < 2e-5
     greedy = report.modes[-1]
-    assert (greedy.positions, greedy.top1_agreement) == (4 * 64, 1.0)
+    assert greedy.positions == 4 * 64
+    if not options:
+        assert report.relative_error < 2e-5
+        assert greedy.top1_agreement == 1.0
     assert bool(report.angles) == (name.startswith("rope") or name == "xpos")
     assert max((error.max_ulps for error in report.angles), default=0) < 1.6, report.angles
     assert {i for error in report.angles for i in error.layers} <= {0, 1}
