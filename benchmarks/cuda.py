@@ -58,11 +58,19 @@ def bundle(cache: Path, name: str, encoding: str, dtype: str, sizes: dict[str, A
     return folder
 
 
-def folders(cache: Path, dtype: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Of preset ``base`` and of the large configuration, by encoding."""
-    base = {e: bundle(cache, f"base_{e}_{dtype}", e, dtype, BASE, "base") for e in ENCODINGS}
-    large = {e: bundle(cache, f"large_{e}_{dtype}", e, dtype, LARGE, "tiny") for e in LARGE_ENCODINGS}
-    return base, large
+SIZES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "base": ("base", BASE, ENCODINGS),
+    "large": ("tiny", LARGE, LARGE_ENCODINGS),
+}
+"""Preset, configuration and encodings of each size."""
+TORCH = "torch"
+"""The part that is against PyTorch."""
+
+
+def folders(cache: Path, size: str, dtype: str) -> dict[str, Path]:
+    """The bundles of a size, by encoding."""
+    preset, sizes, encodings = SIZES[size]
+    return {e: bundle(cache, f"{size}_{e}_{dtype}", e, dtype, sizes, preset) for e in encodings}
 
 
 def copy_rate() -> float:
@@ -283,16 +291,28 @@ def _numbers(text: str) -> list[int]:
 @click.command()
 @click.option("--contexts", default="1024,8192,32768", show_default=True)
 @click.option("--compiled", default="1024,8192", show_default=True, help="Contexts at which PyTorch is compiled too.")
+@click.option("--parts", default=",".join((*SIZES, TORCH)), show_default=True)
 @click.option("--repeats", default=60, show_default=True)
 @click.option("--dtype", default="fp16", show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(__file__).parent / ".cuda", help="Bundles.")
 @click.option("--prepare", is_flag=True, help="Export the bundles only; no device is needed.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
-def main(contexts: str, compiled: str, repeats: int, dtype: str, cache: Path, prepare: bool, output: Path) -> None:
+def main(
+    contexts: str,
+    compiled: str,
+    parts: str,
+    repeats: int,
+    dtype: str,
+    cache: Path,
+    prepare: bool,
+    output: Path,
+) -> None:
     """Measure decoders on a CUDA device, beside PyTorch."""
     cache.mkdir(parents=True, exist_ok=True)
-    base, large = folders(cache, dtype)
+    wanted = parts.split(",")
     if prepare:
+        for size in SIZES:
+            folders(cache, size, dtype)
         return
     lengths = _numbers(contexts)
     result: dict[str, Any] = {
@@ -304,19 +324,17 @@ def main(contexts: str, compiled: str, repeats: int, dtype: str, cache: Path, pr
         "contexts": lengths,
     }
     rate = result["copy_bytes_per_s"] = copy_rate()
-
-    def save() -> None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
-
-    result["copies"] = {name: copies(folder) for name, folder in base.items()}
-    for title, made in (("base", base), ("large", large)):
+    for size in (size for size in SIZES if size in wanted):
+        made = folders(cache, size, dtype)
+        result.setdefault("copies", {})[size] = {name: copies(folder) for name, folder in made.items()}
         models = {name: pe_onnx.load(folder, provider="cuda", verify=False) for name, folder in made.items()}
-        result[title] = measure(models, lengths, repeats, rate)
-        save()
-    rope = models["rope"]
-    del models
-    result["against PyTorch"] = against_torch(rope, dtype, lengths, _numbers(compiled), repeats)
-    save()
+        result[size] = measure(models, lengths, repeats, rate)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+        del models
+    if TORCH in wanted:
+        rope = pe_onnx.load(folders(cache, "large", dtype)["rope"], provider="cuda", verify=False)
+        result["against PyTorch"] = against_torch(rope, dtype, lengths, _numbers(compiled), repeats)
+    output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
