@@ -143,8 +143,7 @@ class CompactStep(Step):
         return output
 
     def last_token(self, hidden: torch.Tensor) -> torch.Tensor:
-        index = (self.lengths - 1 - self.start).clamp(max=hidden.shape[1] - 1)  # [B]
-        return _take(hidden, index)
+        return _take(hidden, self.lengths - 1 - self.start)
 
 
 class MaskedStep(Step):

@@ -197,7 +197,7 @@ class InPlaceCache(KVCache):
     def _prefill(self, rows: list[Array], all_logits: bool) -> list[Array]:
         longest = max(row.size for row in rows)
         self.reserve(int(max(length + row.size for length, row in zip(self.lengths, rows, strict=True))))
-        ragged = len(rows) > 1 and any(self.windows)  # which a buffer of the window refuses
+        ragged = len(rows) > 1 and (any(self.windows) or self._takes_even_rows(rows))
         if not self.lengths.any() and longest <= self.chunk_tokens and not ragged:
             sizes = np.array([row.size for row in rows])
             ids = np.zeros((len(rows), longest), np.int64)
@@ -218,6 +218,12 @@ class InPlaceCache(KVCache):
                 parts = [*parts, logits[0]] if all_logits else [logits[0, -1:].copy()]
             result.append(np.concatenate(parts) if all_logits else parts[-1][0])
         return result
+
+    def _takes_even_rows(self, rows: list[Array]) -> bool:
+        """Whether a run of prompts of different lengths would go wrong, besides buffers of a window, which refuse it:
+        onnxruntime 1.31 on CUDA aligns the causal mask of a padded row with its end where there is a bias."""
+        uneven = len({row.size for row in rows}) > 1
+        return uneven and self.session.device.kind == "cuda" and self.session.bundle.score_heads > 0
 
     def _run(self, ids: Array, row: int, lengths: Array) -> Array:
         """Tokens ``[b, T]`` for rows from ``row`` on, which hold ``lengths`` tokens after it."""

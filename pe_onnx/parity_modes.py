@@ -70,7 +70,7 @@ def _steps(open_cache: Opener, rows: list[Array]) -> Iterator[Pair]:
 
 def _ragged(open_cache: Opener, rows: list[Array]) -> Iterator[Pair]:
     """All rows in one batch with prompts of different lengths, then steps, then a second prompt each."""
-    cache = open_cache(range(len(rows)), max(row.size for row in rows), 64)
+    cache = open_cache(range(len(rows)), max(row.size for row in rows))
     first = [max(1, row.size * (1 + 3 * (b % 3)) // 8) for b, row in enumerate(rows)]  # 1/8, 4/8, 7/8
     for b, logits in enumerate(cache.prefill([row[:n].tolist() for row, n in zip(rows, first, strict=True)])):
         yield Pair(b, first[b] - 1, logits, cache, b)

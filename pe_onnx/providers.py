@@ -87,6 +87,7 @@ def provider_list(name: str, capture: bool = False) -> list[Any]:
         return [wanted]
     if wanted != PROVIDERS["cuda"]:
         return [wanted, PROVIDERS["cpu"]]
+    onnxruntime.set_default_logger_severity(3)  # what CUDA's part warns of at each start is no concern of a user
     number = device_of(name).number
     given = {"device_id": str(number), "user_compute_stream": str(cuda_memory.stream(number))}
     return [(wanted, {**given, **CUDA_OPTIONS, "enable_cuda_graph": str(int(capture))}), PROVIDERS["cpu"]]

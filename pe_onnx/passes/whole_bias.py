@@ -48,16 +48,20 @@ def _replace(graph: ir.Graph, node: ir.Node) -> bool:
         least = greatest - count + 1
         rows = insert(node, "Gather", [values, node.inputs[3]], [count, UNKNOWN], {"axis": 0})
         table = insert(node, "Transpose", [rows], [UNKNOWN, count], {"perm": [1, 0]})  # [H, N]
-        last = _scalar(node, constant(graph, [greatest]))
+        last = constant(graph, [greatest])
     else:
         table, least = values, 0
         size = insert(node, "Shape", [values], [1], {"start": 1, "end": 2})
         size.type = queries.type
-        last = _scalar(node, insert(node, "Sub", [size, one], [1]))
+        end = _scalar(node, size)
+        step = _scalar(node, one)
+        begin = insert(node, "Sub", [end, step], [])
+        last = insert(node, "Range", [begin, end, step], [1])  # N - 1, which CUDA has without a copy
     rank3 = [UNKNOWN] * 3
     each = insert(node, "Unsqueeze", [queries, two], rank3)  # [B, T, 1]
     distance = insert(node, "Sub", [each, insert(node, "Unsqueeze", [keys, one], rank3)], rank3)  # [B, T, S]
-    index = insert(node, "Clip", [distance, _scalar(node, constant(graph, [least])), last], rank3)
+    at_least = insert(node, "Max", [distance, constant(graph, [least])], rank3)
+    index = insert(node, "Min", [at_least, last], rank3)
     if least:
         index = insert(node, "Sub", [index, constant(graph, [least])], rank3)
     by_head = insert(node, "Gather", [table, index], [UNKNOWN] * 4, {"axis": 1})  # [H, B, T, S]
