@@ -194,7 +194,7 @@ class TorchLlama:
             with torch.inference_mode():
                 logits = self.model(ids.to("cuda"), past_key_values=cache, use_cache=True).logits
                 logits[:, -1].float().cpu()
-                cache.crop(context)
+                cache.crop(-1)
 
         return step
 
