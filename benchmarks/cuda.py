@@ -45,6 +45,8 @@ LARGE: dict[str, Any] = {
 """The sizes of Llama 3.2 1B but for the vocabulary; 1.10 billion parameters."""
 PACKAGES = ("onnxruntime-gpu", "torch", "transformers", "numpy")
 PROMPT_REPEATS = 3
+STATIC_ROOM = 128
+"""Slots of PyTorch's static cache beyond the context, into which its steps go on."""
 
 Step = Callable[[], None]
 
@@ -199,22 +201,19 @@ class TorchLlama:
         return step
 
     def compiled(self, context: int) -> Step:
-        """A step in a static cache of as many slots, compiled and replayed as a CUDA graph."""
+        """A step in a static cache, compiled and replayed as a CUDA graph."""
         torch = self.torch
         from transformers import StaticCache
 
-        cache = StaticCache(config=self.config, max_cache_len=context + 8)
+        cache = StaticCache(config=self.config, max_cache_len=context + STATIC_ROOM)
         with torch.inference_mode():
             self._filled(cache, context)
         forward = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=False)
         ids = torch.full((1, 1), 7, dtype=torch.int64)
-        positions = torch.full((1, 1), context, dtype=torch.int64, device="cuda")
-        place = torch.tensor([context], device="cuda")
 
         def step() -> None:
             with torch.inference_mode():
-                given = {"position_ids": positions, "cache_position": place, "past_key_values": cache}
-                logits = forward(ids.to("cuda"), **given, use_cache=True).logits
+                logits = forward(ids.to("cuda"), past_key_values=cache, use_cache=True).logits
                 logits[:, -1].float().cpu()
 
         return step
