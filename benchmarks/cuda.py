@@ -65,8 +65,8 @@ SIZES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "large": ("tiny", LARGE, LARGE_ENCODINGS),
 }
 """Preset, configuration and encodings of each size."""
-TORCH = "torch"
-"""The part that is against PyTorch."""
+TORCH, KERNELS = "torch", "kernels"
+"""The parts that are against PyTorch, and of kernel times."""
 
 
 def folders(cache: Path, size: str, dtype: str) -> dict[str, Path]:
@@ -283,6 +283,72 @@ class reported(suppress):  # noqa: N801
         return bool(super().__exit__(kind, error, trace))
 
 
+def kernels(model: Any, context: int, steps: int = 10) -> dict[str, Any]:
+    """Microseconds of a recorded decode step by kernel, as CUPTI has them, and of the step by the clock."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.zeros(1, device="cuda")
+    cache = model.cache(1, context + 64)
+    cache.reserve(context + 64)
+    cache.fill(context, np.random.default_rng(0))
+    for _ in range(WARM_UP):
+        cache.decode([7])
+    begin = time.perf_counter()
+    for _ in range(2 * steps):
+        cache.decode([7])
+    step_us = 1e6 * (time.perf_counter() - begin) / (2 * steps)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(steps):
+            cache.decode([7])
+        torch.cuda.synchronize()
+    found = {event.key: event.self_device_time_total / steps for event in profiled.key_averages()}
+    return {"context": context, "step_us": step_us, "kernels_us": dict(sorted(found.items(), key=lambda x: -x[1]))}
+
+
+def table(title: str, contexts: list[str], rows: dict[str, dict[str, float]], digits: int, inverse: bool) -> str:
+    """Markdown: in brackets the cost relative to ``none`` of the same size, the row before that begins so."""
+    lines = [f"| {title} | " + " | ".join(f"{int(c):,}" for c in contexts) + " |", "|---|" + "---:|" * len(contexts)]
+    base: dict[str, float] = {}
+    for name, figures in rows.items():
+        base = figures if name.endswith("`none`") else base
+        cells = []
+        for context in contexts:
+            if context not in figures:
+                cells.append("-")
+                continue
+            value = figures[context]
+            ratio = base[context] / value if inverse else value / base[context]
+            cells.append(f"{value:,.{digits}f} ({ratio:.2f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Decode and prefill of both sizes and of PyTorch, for the README."""
+    contexts = [str(c) for c in result["contexts"]]
+    decode, prefill = {}, {}
+    for size, label in (("base", "85M"), ("large", "1.1B")):
+        for name, figures in result.get(size, {}).items():
+            decode[f"{label}, `{name}`"] = {c: x["ms"] for c, x in figures["decode"].items()}
+            prefill[f"{label}, `{name}`"] = figures["prefill"]
+    for name in ("pe-onnx", "PyTorch eager", "PyTorch compiled"):
+        against = result.get("against PyTorch", {})
+        decode[f"1.1B, RoPE, in turns: {name}"] = {
+            c: x[name]["ms"] for c, x in against.items() if "ms" in x.get(name, {})
+        }
+        rates = {c: x[name]["prefill"] for c, x in against.items() if "prefill" in x.get(name, {})}
+        if rates:
+            prefill[f"1.1B, RoPE, in turns: {name}"] = rates
+    device, made = result["cuda"]["devices"][0]["name"], result["versions"]
+    return (
+        f"{table('decode, ms/token', contexts, decode, 2, False)}\n\n"
+        f"{table('prefill, tokens/s', contexts, prefill, 0, True)}\n\n"
+        f"{device}, driver {result['cuda']['driver_version']}, onnxruntime-gpu {made['onnxruntime-gpu']}, "
+        f"torch {made['torch']}, transformers {made['transformers']}, {result['dtype']}."
+    )
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
@@ -290,12 +356,14 @@ def _numbers(text: str) -> list[int]:
 @click.command()
 @click.option("--contexts", default="1024,8192,32768", show_default=True)
 @click.option("--compiled", default="1024,8192", show_default=True, help="Contexts at which PyTorch is compiled too.")
-@click.option("--parts", default=",".join((*SIZES, TORCH)), show_default=True)
+@click.option("--parts", default=",".join((*SIZES, TORCH, KERNELS)), show_default=True)
 @click.option("--repeats", default=60, show_default=True)
 @click.option("--dtype", default="fp16", show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(__file__).parent / ".cuda", help="Bundles.")
 @click.option("--prepare", is_flag=True, help="Export the bundles only; no device is needed.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".json"))
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the tables into this file too.")
+@click.option("--show", is_flag=True, help="Only the tables of an earlier run; no device is needed.")
 def main(
     contexts: str,
     compiled: str,
@@ -305,8 +373,13 @@ def main(
     cache: Path,
     prepare: bool,
     output: Path,
+    readme: Path | None,
+    show: bool,
 ) -> None:
     """Measure decoders on a CUDA device, beside PyTorch."""
+    if show:
+        _report(json.loads(output.read_text("utf-8")), readme)
+        return
     cache.mkdir(parents=True, exist_ok=True)
     wanted = parts.split(",")
     if prepare:
@@ -333,7 +406,20 @@ def main(
     if TORCH in wanted:
         rope = pe_onnx.load(folders(cache, "large", dtype)["rope"], provider="cuda", verify=False)
         result["against PyTorch"] = against_torch(rope, dtype, lengths, _numbers(compiled), repeats)
+    if KERNELS in wanted:
+        rope = pe_onnx.load(folders(cache, "large", dtype)["rope"], provider="cuda", verify=False)
+        result["kernels"] = kernels(rope, lengths[0])
     output.write_text(json.dumps(result, indent=2) + "\n")
+    _report(result, readme)
+
+
+def _report(result: dict[str, Any], readme: Path | None) -> None:
+    shown = tables(result)
+    click.echo(shown)
+    if readme is not None:
+        begin, end = "<!-- benchmarks/cuda.py -->\n", "<!-- end -->"
+        before, rest = readme.read_text("utf-8").split(begin)
+        readme.write_text(f"{before}{begin}{shown}\n{end}{rest.split(end, 1)[1]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ bundle_argument = click.argument("bundle", type=click.Path(), metavar="DIR")
 provider_option = click.option(
     "--provider",
     default="cpu",
-    metavar="cpu|cuda|auto",
+    metavar="cpu|cuda|cuda:N|auto",
     show_default=True,
     help="Execution provider; auto takes CUDA where it can be had. Or onnxruntime's own name of one.",
 )

@@ -107,6 +107,9 @@ def command(
     if save_cache:
         check_writable(save_cache)
     model = load(bundle, provider, threads, verify=not no_verify)
+    if model.session.device.kind == "cuda" and model.session.not_captured:
+        reason = model.session.not_captured
+        click.echo(f"pe-onnx: steps are launched one kernel at a time, not as a CUDA graph: {reason}", err=True)
     for option, given in (
         ("--chat", chat),
         ("--echo", echo),
