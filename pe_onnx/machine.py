@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -31,6 +32,12 @@ def processor_features() -> str:
     with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         features = next(line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features")))
     return f"{platform.machine()} {platform.processor()} {features}"
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc keeps it for later)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def versions(packages: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:

@@ -71,7 +71,7 @@ def to_onnx(
     model.graph.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()
-    return model
+    return model.clone()  # the graph's own lists keep what has left it, and with it every weight that was joined
 
 
 def to_program(part: Part, limit: int | None) -> torch.export.ExportedProgram:

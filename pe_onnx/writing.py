@@ -13,7 +13,7 @@ from typing import Any
 from pe_onnx import contract
 from pe_onnx.bundle import CUDA, DECODER, FORMAT, MODEL, RUNTIME, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
 from pe_onnx.errors import ConfigError, needs
-from pe_onnx.machine import versions
+from pe_onnx.machine import return_freed_memory, versions
 
 with needs("export", "'pe-onnx[export]'"):
     import onnx_ir as ir
@@ -77,7 +77,8 @@ def write(
                 for value in model.graph.initializers.values():
                     value.const_value = None
             exportable.module = nn.Module()
-            gc.collect()  # the place of the weights is onnxruntime's now
+            gc.collect()
+            return_freed_memory()  # the place of the weights is onnxruntime's now
             from pe_onnx.verification import verify as run_proof  # needs onnxruntime
 
             manifest["proof"] = run_proof(Bundle(folder, manifest), exportable.proof)
