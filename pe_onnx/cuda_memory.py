@@ -56,14 +56,6 @@ def synchronize(device: int) -> None:
     _call("cudaStreamSynchronize", ctypes.c_void_p(stream(device)))
 
 
-def free_bytes(device: int) -> tuple[int, int]:
-    """Free and total memory of a device."""
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _call("cudaSetDevice", device)
-    _call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-    return free.value, total.value
-
-
 class _Pinned:
     """Page-locked host memory, given back with the last array that views it."""
 

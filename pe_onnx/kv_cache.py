@@ -271,7 +271,7 @@ class InPlaceCache(KVCache):
         total = int(lengths.max())
         self.reserve(total)
         recorded = None
-        if self.session.not_captured is None:
+        if self.session.not_captured is None and not any(self.windows):
             total = recorded_length(total, self.capacity)
             recorded = self._recorded.get(total) or self._recorded.setdefault(total, self.session.new_graph())
         self._ids.host[:, 0] = ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,27 @@ def test_the_option_of_the_command_line(tmp_path: Path, run: Cli) -> None:
     result = run("export", "--encoding", "none", "--no-verify", "-o", tmp_path / "b")
     assert result.returncode == 0, result.stderr
     assert "none: exported with --no-verify" in run("inspect", tmp_path / "b").stdout
+
+
+def test_weights_are_let_go_before_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs the proof maps the file: the module's weights, joined, turned or as they were, must be gone by then."""
+    from pe_onnx import exporter, verification
+
+    held: list[weakref.ref[torch.Tensor]] = []
+    left: list[tuple[int, ...]] = []
+    build, run = exporter.from_config, verification.verify
+
+    def noting(*args: Any, **options: Any) -> Any:
+        made = build(*args, **options)
+        held.extend(weakref.ref(parameter) for parameter in made.module.parameters())
+        return made
+
+    def checking(*args: Any) -> Any:
+        left.extend(tuple(kept.shape) for kept in (each() for each in held) if kept is not None)
+        return run(*args)
+
+    monkeypatch.setattr(exporter, "from_config", noting)
+    monkeypatch.setattr(verification, "verify", checking)
+    pe_onnx.export(encoding="rope", output=tmp_path / "b", config={"vocab_size": 12288, "num_key_value_heads": 2})
+    assert len(held) > 10
+    assert not left
