@@ -103,7 +103,7 @@ def missing_for_cuda() -> str | None:
     if os.name == "posix" and not any(map(os.path.exists, DRIVER_FILES)):
         return "no NVIDIA driver is loaded on this machine"
     said = preloaded()
-    return f"its libraries cannot be loaded: {said}" if said else None
+    return f"its libraries cannot be loaded: {said}; pip install 'onnxruntime-gpu[cuda,cudnn]'" if said else None
 
 
 @functools.cache
