@@ -8,11 +8,13 @@ so is one in which the exporter then meets an operator that it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
 
 aten: Any = torch.ops.aten
 
@@ -53,6 +55,27 @@ def without_tracing(program: torch.export.ExportedProgram, translate: Callable[[
     finally:
         program.run_decompositions = of_torch
     return translate()
+
+
+@contextmanager
+def values_as_traced() -> Iterator[None]:
+    """Within, the exporter's pass for type promotion looks at the values that tracing left, and computes those of the
+    nodes that it changes; otherwise it runs the whole program once more."""
+    run_node = _TypePromotionInterpreter.run_node
+
+    def promoted(self: _TypePromotionInterpreter, node: Node) -> Any:
+        if node.op != "call_function" or node.meta.get("val") is None:
+            return run_node(self, node)
+        with self._set_current_node(node):
+            if rule := get_type_promotion_rule(node, self.type_promotion_table):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    _TypePromotionInterpreter.run_node = promoted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        _TypePromotionInterpreter.run_node = run_node  # type: ignore[method-assign]
 
 
 def _is_simple(node: Node, decomposed: Collection[Any]) -> bool:

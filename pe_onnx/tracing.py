@@ -21,7 +21,7 @@ with needs("export", "'pe-onnx[export]'"):
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
 from pe_onnx.custom_ops import OPSET, translation_table
-from pe_onnx.decomposition import without_tracing
+from pe_onnx.decomposition import values_as_traced, without_tracing
 from pe_onnx.models.parts import Part
 from pe_onnx.passes.contract_names import ContractNames
 from pe_onnx.passes.fused_norms import FusedNorms
@@ -88,19 +88,20 @@ def _translate(part: Part, limit: int | None, progress: Progress) -> tuple[ir.Mo
         program = torch.export.export(part.module, part.args, dynamic_shapes=part.dynamic_shapes, strict=False)
     _check_lengths(program, limit)
     progress("translate")
-    translated = without_tracing(
-        program,
-        lambda: torch.onnx.export(
+    with values_as_traced():
+        translated = without_tracing(
             program,
-            input_names=list(part.inputs),
-            output_names=list(part.outputs),
-            opset_version=OPSET,
-            custom_translation_table=translation_table(),
-            optimize=False,
-            dynamo=True,
-            verbose=False,
-        ),
-    )
+            lambda: torch.onnx.export(
+                program,
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                opset_version=OPSET,
+                custom_translation_table=translation_table(),
+                optimize=False,
+                dynamo=True,
+                verbose=False,
+            ),
+        )
     assert translated is not None
     assert translated.exported_program is not None
     return translated.model, translated.exported_program
