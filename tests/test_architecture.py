@@ -31,6 +31,7 @@ LAYERS = [
     ("reordering", "memory", "saved_cache"),
     ("sources",),
     ("cached_rows",),
+    ("growing_cache",),
     ("kv_cache", "tokenizer", "sampling"),
     ("calibration",),
     ("quantization",),
@@ -62,9 +63,8 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 ``encodings``, the files found by name.
 """
 RUNTIME = (
-    *("cuda_memory", "providers", "device_arrays", "doctor"),
-    *("prepared", "bundle", "prepared_graph", "session", "memory", "sources", "reordering", "cached_rows", "kv_cache"),
-    *("bundle", "session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "kv_cache", "memory_plan"),
+    *("cuda_memory", "providers", "device_arrays", "doctor", "prepared", "bundle", "prepared_graph", "session"),
+    *("memory", "sources", "reordering", "saved_cache", "cached_rows", "growing_cache", "kv_cache", "memory_plan"),
     *("tokenizer", "sampling", "beam_search", "generate"),
     *("machine", "report_files", "plain_values"),
     *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
