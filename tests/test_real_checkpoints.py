@@ -59,9 +59,14 @@ def readings() -> list[object]:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory, readings: list[object]) -> Iterator[Path]:
-    folder, reader = tmp_path_factory.mktemp("smollm2") / "bundle", GGUFReader
+    folder, parse = tmp_path_factory.mktemp("smollm2") / "bundle", GGUFReader.__init__
+
+    def counted(self: GGUFReader, path: Path) -> None:
+        readings.append(path)
+        parse(self, path)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gguf.GGUFReader", lambda path: readings.append(path) or reader(path))
+        patch.setattr(GGUFReader, "__init__", counted)  # of ours too
         pe_onnx.export(model=gguf(), output=folder, target="ort")
     yield folder
     shutil.rmtree(folder)
