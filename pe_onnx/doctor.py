@@ -13,7 +13,7 @@ import numpy as np
 
 from pe_onnx.errors import PeOnnxError, first_line
 from pe_onnx.machine import describe_machine, versions
-from pe_onnx.providers import PROVIDERS, missing_for_cuda, onnxruntime, provider_list
+from pe_onnx.providers import PROVIDERS, missing_for_cuda, onnxruntime, preloaded, provider_list
 from pe_onnx.yardstick_model import product_chain, weight_names
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -92,9 +92,9 @@ def cuda() -> dict[str, Any]:
     with suppress(OSError, IndexError, ValueError):
         words = DRIVER.read_text().splitlines()[0].split()
         found["driver_version"] = next(word for word in words if word[0].isdigit() and "." in word)
-    if missing_for_cuda() is None or PROVIDERS["cuda"] in onnxruntime.get_available_providers():
+    if PROVIDERS["cuda"] in onnxruntime.get_available_providers():
         with suppress(Exception):
-            onnxruntime.preload_dlls()
+            preloaded()
     for purpose, names in LIBRARIES.items():
         found["libraries"][purpose] = next((name for name in names if _loads(name)), None)
     if found["libraries"]["driver"]:

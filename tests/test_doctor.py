@@ -47,7 +47,9 @@ MACHINES: dict[str, tuple[Machine, str]] = {
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_what_cuda_lacks_is_named(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cuda_lacks_is_named(
+    machine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     has, words = MACHINES[machine]
     exists = os.path.exists
     driver = has.get("driver", False)
@@ -60,11 +62,13 @@ def test_what_cuda_lacks_is_named(machine: str, monkeypatch: pytest.MonkeyPatch)
     providers.preloaded.cache_clear()
     try:
         tried = doctor.try_provider("cuda")
+        doctor.cuda()
     finally:
         providers.preloaded.cache_clear()
     assert not tried.works
     assert words in (tried.problem or "")
     assert "\n" not in (tried.problem or "")
+    assert capsys.readouterr().out == ""  # where the JSON goes
 
 
 def test_two_onnxruntimes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
