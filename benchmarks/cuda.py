@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+import readme_tables
 from cuda_torch import PROMPT_REPEATS, against_torch
 from steps import WARM_UP, decode_times, median_ms
 
@@ -285,9 +286,7 @@ def _report(result: dict[str, Any], readme: Path | None) -> None:
     shown = tables(result)
     click.echo(shown)
     if readme is not None:
-        begin, end = "<!-- benchmarks/cuda.py -->\n", "<!-- end -->"
-        before, rest = readme.read_text("utf-8").split(begin)
-        readme.write_text(f"{before}{begin}{shown}\n{end}{rest.split(end, 1)[1]}", "utf-8")
+        readme_tables.write(readme, "cuda", shown)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 import numpy as np
-from steps import WARM_UP, median_ms
+from steps import WARM_UP, fill, median_ms
 
 PROMPT_REPEATS = 3
 STATIC_ROOM = 128
@@ -104,8 +104,7 @@ def against_torch(
     result: dict[str, Any] = {}
     for context in contexts:
         cache = model.cache(1, context + 8)
-        cache.reserve(context + 1)
-        back = cache.fill(context, np.random.default_rng(0))
+        back = fill(cache, context, np.random.default_rng(0))
 
         def ours(cache: Any = cache, back: Step = back) -> None:
             back()

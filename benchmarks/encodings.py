@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+import readme_tables
 from steps import decode_times, fill, median_ms
 
 ENCODINGS = ("none", "learned", "sinusoidal", "rope", "t5_bias", "alibi")
@@ -158,9 +159,7 @@ def main(
     click.echo(tables)
     click.echo(f"decode at 512 tokens, 8192-token buffer over 1024-token buffer: {buffers['ratio']:.3f}")
     if readme is not None:
-        begin, end = "<!-- benchmarks/encodings.py -->\n", "<!-- end -->"
-        before, rest = readme.read_text("utf-8").split(begin)
-        readme.write_text(f"{before}{begin}{tables}\n{end}{rest.split(end, 1)[1]}", "utf-8")
+        readme_tables.write(readme, "encodings", tables)
 
 
 def measure(

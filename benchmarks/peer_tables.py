@@ -135,12 +135,3 @@ def draw(result: Result, path: Path) -> None:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, transparent=True, dpi=130)
         pyplot.close(figure)
-
-
-def write_readme(readme: Path, text: str) -> None:
-    """Between this benchmark's marks. Raises ValueError where they are missing."""
-    begin, end = "<!-- benchmarks/peers.py -->\n", "<!-- end -->"
-    before, mark, rest = readme.read_text("utf-8").partition(begin)
-    if not mark or end not in rest:
-        raise ValueError(f"{readme} has no lines {begin.strip()!r} and {end!r}")
-    readme.write_text(f"{before}{begin}{text}\n{end}{rest.split(end, 1)[1]}", "utf-8")

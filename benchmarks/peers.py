@@ -21,6 +21,7 @@ import click
 import peer_quality
 import peer_speed
 import peer_tables
+import readme_tables
 from peer_artefacts import CHECKPOINT, Artefacts, SetupError, size
 from peer_bounds import Shape, decode_bound_ms, prefill_bound_s, step_bytes
 from peer_checkpoints import LABELS, ORIGINAL, PERTURBED, held_out_text
@@ -237,7 +238,7 @@ def main(
     if speed:
         peer_tables.draw(result, plot or output.with_suffix(".svg"))
     if readme is not None:
-        peer_tables.write_readme(readme, tables)
+        readme_tables.write(readme, "peers", tables)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import numpy as np
+import readme_tables
 from steps import median_ms
 from t5_prompts import EAGER, OURS, ROTATED, STOCK_GRAPH, Clock
 
@@ -256,9 +257,7 @@ def main(
     click.echo(tables)
     click.echo(t5_prompts.summary(other))
     if readme is not None:
-        begin, end = "<!-- benchmarks/t5.py -->\n", "<!-- end -->"
-        before, rest = readme.read_text("utf-8").split(begin)
-        readme.write_text(f"{before}{begin}{tables}\n{end}{rest.split(end, 1)[1]}", "utf-8")
+        readme_tables.write(readme, "t5", tables)
 
 
 if __name__ == "__main__":

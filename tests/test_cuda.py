@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_script import script
 from conftest import Bundles
 
 import pe_onnx
@@ -43,34 +44,21 @@ def test_steps_are_recorded(bundles: Bundles, encoding: str, dtype: str) -> None
     assert session.not_captured is None
 
 
-def script(session: Session) -> list[Array]:
-    """Past a growing buffer and the length of a recording, with rows that rest, move and go back."""
-    rng = np.random.default_rng(0)
-    cache = make_cache(session, 3, 700)
-    made = [np.array(cache.prefill([rng.integers(0, 256, n).tolist() for n in (5, 240, 31)]))]
-    for _ in range(40):
-        made.append(cache.decode(rng.integers(0, 256, 3)).copy())
-    cache.reorder([2, 0, 2])
-    made.append(cache.decode([1, 2, 3]).copy())
-    made.append(cache.decode([1, 2, 3], np.array([True, False, True])).copy()[[0, 2]])
-    cache.truncate(cache.lengths - [3, 7, 1])
-    made.append(cache.decode([4, 5, 6]).copy())
-    cache.expand(2)
-    made.append(cache.decode(range(6)).copy())
-    return made
+def scripted(session: Session) -> list[Array]:
+    return script(make_cache(session, 3, 700), 40)
 
 
 @pytest.mark.parametrize("encoding", ["none", "rope", "t5_bias", "alibi", "kerple_log", "rope_yarn"])
 def test_recorded_steps_are_what_the_cpu_computes(bundles: Bundles, encoding: str) -> None:
     bundle = read_bundle(half(bundles, encoding))
     allowed = 2 * tolerance_for("fp16", bundle.depth).error
-    for have, want in zip(script(Session(bundle, "cuda")), script(Session(bundle)), strict=True):
+    for have, want in zip(scripted(Session(bundle, "cuda")), scripted(Session(bundle)), strict=True):
         np.testing.assert_allclose(have, want, atol=allowed * want.std())
 
 
 def test_recorded_steps_are_the_same_each_time(bundles: Bundles) -> None:
     bundle = read_bundle(half(bundles, "rope"))
-    first, second = (np.concatenate(script(Session(bundle, "cuda"))[1:40]) for _ in range(2))
+    first, second = (np.concatenate(scripted(Session(bundle, "cuda"))[1:40]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_script import script
 from conftest import Bundles
 
 import pe_onnx
@@ -151,22 +152,6 @@ def device_session(
     return session, runs
 
 
-def script(cache: Any) -> list[Array]:
-    """Prompts, steps past a growing buffer, a reordering, a step back, more rows."""
-    rng = np.random.default_rng(0)
-    made = [np.array(cache.prefill([rng.integers(0, 256, n).tolist() for n in (5, 240, 31)]))]
-    for _ in range(30):
-        made.append(cache.decode(rng.integers(0, 256, 3)).copy())
-    cache.reorder([2, 0, 2])
-    made.append(cache.decode([1, 2, 3]).copy())
-    made.append(cache.decode([1, 2, 3], np.array([True, False, True])).copy()[[0, 2]])
-    cache.truncate(cache.lengths - [3, 7, 1])
-    made.append(cache.decode([4, 5, 6]).copy())
-    cache.expand(2)
-    made.append(cache.decode(range(6)).copy())
-    return made
-
-
 def test_a_cache_on_a_device_gives_the_same_numbers(
     device_session: tuple[Session, list[int | None]], pretended: list[tuple[str, int]], bundles: Bundles
 ) -> None:
@@ -174,8 +159,8 @@ def test_a_cache_on_a_device_gives_the_same_numbers(
     session, runs = device_session
     cache = make_cache(session, 3, 400)
     assert isinstance(cache, InPlaceCache)
-    made = script(cache)
-    wanted = script(make_cache(Session(session.bundle, threads=1), 3, 400))
+    made = script(cache, 30)
+    wanted = script(make_cache(Session(session.bundle, threads=1), 3, 400), 30)
     for have, want in zip(made, wanted, strict=True):
         np.testing.assert_allclose(have, want, atol=2e-5 * want.std())
     assert runs[0] is None

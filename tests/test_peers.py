@@ -16,6 +16,7 @@ import peer_speed
 import peer_tables
 import peers
 import pytest
+import readme_tables
 import torch
 from peer_artefacts import Artefacts, SetupError
 from peer_environments import last_error
@@ -159,10 +160,10 @@ def test_figures_of_one_contestant_become_json_and_tables(tmp_path: Path) -> Non
     assert "tokens in the cache" in (tmp_path / "plot.svg").read_text() or (tmp_path / "plot.svg").stat().st_size
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- benchmarks/peers.py -->\nold\n<!-- end -->\nb\n")
-    peer_tables.write_readme(readme, text)
+    readme_tables.write(readme, "peers", text)
     assert readme.read_text() == f"a\n<!-- benchmarks/peers.py -->\n{text}\n<!-- end -->\nb\n"
     with pytest.raises(ValueError, match="has no lines"):
-        peer_tables.write_readme(tmp_path / "plot.svg", text)
+        readme_tables.write(tmp_path / "plot.svg", "peers", text)
 
 
 def test_a_worker_answers_for_a_bundle(tmp_path: Path) -> None:
