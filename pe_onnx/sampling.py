@@ -92,9 +92,9 @@ class Sampler:
             for row, token in enumerate(tokens):
                 check_peak(rows[row, token], row)
             return tokens.astype(np.int64)
-        return np.array([self._draw(row, rows[row], histories[row]) for row in range(len(rows))], dtype=np.int64)
+        return np.array([self.draw(row, rows[row], histories[row]) for row in range(len(rows))], dtype=np.int64)
 
-    def _draw(self, row: int, logits_row: NDArray[np.float32], history: Sequence[int]) -> int:
+    def draw(self, row: int, logits_row: NDArray[np.float32], history: Sequence[int]) -> int:
         ids, weights = _candidates(logits_row, history, self.options, row)
         if self.options.temperature == 0:
             return int(ids[0])

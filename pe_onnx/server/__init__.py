@@ -1,0 +1,10 @@
+"""An HTTP server with OpenAI's API over one bundle: requests join and leave a running batch at every step.
+
+``slots``      the cache: rows of different lengths that one run reads, and what is left in them for later prompts
+``scheduler``  which request runs in which row, a step at a time; no thread, no text
+``engine``     the thread that takes steps, and hands tokens to whoever asked
+``protocol``   what a request may say; ``asking`` makes of it what the scheduler runs
+``answers``    what OpenAI's clients read
+``app``        the application: routes, limits, errors; ``sending`` streams, and notices clients that leave
+``replicas``   the same application in Ray Serve
+"""

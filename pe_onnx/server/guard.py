@@ -1,0 +1,96 @@
+"""What every request passes first: the key, the size of its body, and the count of answers by status."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pe_onnx.errors import needs
+from pe_onnx.server.options import ServerOptions
+
+with needs("serve", "'pe-onnx[serve]'"):
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse, Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from pe_onnx.server.metrics import Metrics
+
+OPEN = ("/health",)
+"""Routes without a key, for whoever watches the server."""
+KNOWN = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+
+
+def error_answer(
+    status: int,
+    message: str,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An error in OpenAI's form. What a request held may be no valid text: it is written in ASCII."""
+
+    def plain(text: str | None) -> str | None:
+        return text and text.encode("ascii", "backslashreplace").decode()
+
+    error: dict[str, Any] = {"message": plain(message), "type": kind, "param": plain(param), "code": code}
+    return JSONResponse({"error": error}, status, dict(headers or {}))
+
+
+class Guard:
+    """An ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions, metrics: Metrics) -> None:
+        self.app = app
+        self.options = options
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope["path"] if scope["path"] in KNOWN else "other"
+                self.metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await refusal(scope, receive, counted)
+            return
+        await self.app(scope, self._limited(receive), counted)
+
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> Response | None:
+        key = self.options.api_key
+        if key is not None and path not in OPEN:
+            given = headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+                message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+                headers = {"www-authenticate": "Bearer"}
+                return error_answer(401, message, "authentication_error", code="invalid_api_key", headers=headers)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self.options.max_body_bytes:
+            return error_answer(413, self._too_long())
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """A body that comes in pieces has no length to look at."""
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.options.max_body_bytes:
+                raise HTTPException(413, self._too_long())
+            return message
+
+        return limited
+
+    def _too_long(self) -> str:
+        return f"the body is longer than the {self.options.max_body_bytes} bytes that this server takes"
