@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pe_onnx.cli._options import bundle_argument, parse_bytes, provider_option, threads_option
+
+if TYPE_CHECKING:
+    from pe_onnx.server.options import ServerOptions
 
 
 @click.command()
@@ -23,6 +28,11 @@ from pe_onnx.cli._options import bundle_argument, parse_bytes, provider_option, 
 @click.option("--max-body", default="1MiB", metavar="SIZE", show_default=True, help="Of a request.")
 @click.option("--timeout", default=600.0, metavar="S", show_default=True, help="Of a request, waiting included.")
 @click.option("--grace", default=30, metavar="S", show_default=True, help="For requests under way when it stops.")
+@click.option("--ray", is_flag=True, help="Replicas in Ray Serve, here or in the cluster that RAY_ADDRESS names.")
+@click.option(
+    "--replicas", default="1", metavar="N|A-B", show_default=True, help="With --ray; A-B as load asks for it."
+)
+@click.option("--ray-config", type=click.Path(path_type=Path), metavar="FILE", help="Write a file for `serve deploy`.")
 @provider_option
 @threads_option
 def command(
@@ -39,6 +49,9 @@ def command(
     max_body: str,
     timeout: float,
     grace: int,
+    ray: bool,
+    replicas: str,
+    ray_config: Path | None,
     provider: str,
     threads: int,
 ) -> None:
@@ -48,7 +61,6 @@ def command(
     under way have ended.
     """
     from pe_onnx.server.options import ServerOptions
-    from pe_onnx.server.running import run
 
     options = ServerOptions(
         name or Path(bundle).resolve().name,
@@ -62,6 +74,13 @@ def command(
         api_key,
     )
 
+    if ray or ray_config is not None:
+        _replicate(Path(bundle), options, host, port, replicas, ray_config, provider, threads, grace)
+        return
+    if replicas != "1":
+        raise click.UsageError("--replicas needs --ray or --ray-config")
+    from pe_onnx.server.running import run
+
     def ready(address: str, tokens: int | None) -> None:
         length = f"{tokens} tokens" if tokens else "any length"
         click.echo(f"{options.name} at {address}/v1, {slots} slots of {length}", err=True)
@@ -69,3 +88,34 @@ def command(
             click.echo("pe-onnx: everybody who reaches this address may use it; --api-key shuts it", err=True)
 
     run(Path(bundle), options, host, port, provider, threads, grace, ready)
+
+
+def _replicate(
+    bundle: Path,
+    options: ServerOptions,
+    host: str,
+    port: int,
+    replicas: str,
+    config: Path | None,
+    provider: str,
+    threads: int,
+    grace: int,
+) -> None:
+    """Serve in Ray, or write down how."""
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", replicas)
+    if found is None:
+        raise click.UsageError(f"--replicas = {replicas!r} must be N, or A-B for as many as load asks for")
+    from pe_onnx.bundle import read_bundle
+    from pe_onnx.report_files import check_writable, write_report
+    from pe_onnx.server import replicas as deployment
+
+    most = int(found[2]) if found[2] else None
+    placement = deployment.Placement(int(found[1]), most, provider, max(threads, 1), grace)
+    read_bundle(bundle)
+    if config is None:
+        deployment.run(bundle, options, placement, host, port)
+        return
+    check_writable(config, "--ray-config")
+    write_report(config, deployment.configuration(bundle, options, placement, host, port))
+    key = f"; set {deployment.KEY_VARIABLE} where Ray runs" if options.api_key else ""
+    click.echo(f"{config}: serve deploy {config}{key}", err=True)

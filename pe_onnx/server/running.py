@@ -17,6 +17,7 @@ with needs("serve", "'pe-onnx[serve]'"):
 from pe_onnx.server.app import create_app
 
 BACKLOG = 2048
+MAX_PORT = 65535
 
 
 def run(
@@ -50,17 +51,19 @@ def run(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= MAX_PORT:
+        raise ConfigError(f"port = {port} must be in 0..{MAX_PORT}; 0 is any that is free")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"host = {host!r} is no address of this machine: {error}") from None
     try:
         if os.name == "posix":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listening.close()
-        raise ConfigError(f"{host}:{port} cannot be listened on: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error.strerror or error}") from None
     return listening
