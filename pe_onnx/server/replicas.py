@@ -53,8 +53,8 @@ class Placement:
 def build(arguments: Mapping[str, Any]) -> serve.Application:
     """The application that a configuration file describes.
 
-    arguments: ``bundle``, a folder that every machine has, and fields of ``ServerOptions`` and ``Placement``. The key is
-    the environment's PE_ONNX_API_KEY. Raises ConfigError for a name that is none of them.
+    arguments: ``bundle``, a folder that every machine has, and fields of ``ServerOptions`` and ``Placement``. The key
+    is the environment's PE_ONNX_API_KEY. Raises ConfigError for a name that is none of them.
     """
     given = dict(arguments)
     folder = Path(given.pop("bundle", "") or _missing("bundle"))
