@@ -17,6 +17,7 @@ LAYERS = [
     ("intervals", "graph_nodes", "fresh_process", "yardstick_model", "prepared", "cuda_memory"),
     ("attribution", "turns", "providers"),
     ("device_arrays", "doctor"),
+    ("placing",),
     ("bundle",),
     ("prepared_graph",),
     ("session",),
@@ -63,9 +64,9 @@ in a ``session``, which know nothing of models: they stand below. ``encoding``, 
 ``encodings``, the files found by name.
 """
 RUNTIME = (
-    *("cuda_memory", "providers", "device_arrays", "doctor", "prepared", "bundle", "prepared_graph", "session"),
-    *("memory", "sources", "reordering", "saved_cache", "cached_rows", "growing_cache", "kv_cache", "memory_plan"),
-    *("tokenizer", "sampling", "beam_search", "generate"),
+    *("cuda_memory", "providers", "device_arrays", "doctor", "prepared", "placing", "bundle", "prepared_graph"),
+    *("session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "growing_cache", "kv_cache"),
+    *("memory_plan", "tokenizer", "sampling", "beam_search", "generate"),
     *("machine", "report_files", "plain_values"),
     *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
     *("operator_times", "yardstick_model", "yardstick", "relative", "baselines", "regression"),
