@@ -72,6 +72,18 @@ def check_place(folder: Path, force: bool, kind: str, holds: Callable[[Path], bo
         raise ConfigError(f"output {folder} exists and is not a {kind}; --force replaces {kind}s only")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has none, or both lie on two."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _missing_parents(folder: Path) -> list[Path]:
     """Parents that do not exist yet, innermost first."""
     return [parent for parent in folder.parents if not parent.exists()]
