@@ -104,11 +104,11 @@ def need_decoder(bundle: Bundle, consumer: str, instead: str) -> None:
         )
 
 
-def need_numbers(bundle: Bundle, consumer: str) -> None:
+def need_numbers(bundle: Bundle, consumer: str, caches: tuple[str, ...] = ("float32", "float16")) -> None:
     """Raises ConfigError for weights or a cache in numbers that the consumer has no arrays for."""
     if bundle.dtype == "bfloat16":
         raise ConfigError(f"{consumer} runs float32 and float16; {bundle.folder} has bf16: export it with --dtype fp16")
-    if bundle.cache_dtype not in ("float32", "float16"):
+    if bundle.cache_dtype not in caches:
         raise ConfigError(
             f"{consumer} knows no cache in {bundle.cache_dtype}, as {bundle.folder} has it: quantize without --cache"
         )

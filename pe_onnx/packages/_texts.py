@@ -14,6 +14,7 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "spiece.model", "tokenizer.model"),
 )
+CONFIG = "tokenizer_config.json"
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 """The class of a tokenizer that is its tokenizer.json and nothing else, in every release of transformers."""
 
@@ -23,14 +24,30 @@ def write_tokenizer(bundle: Bundle, folder: Path, notes: list[str]) -> None:
     kind = (bundle.manifest["tokenizer"] or {}).get("kind")
     if kind == "bytes":
         write_json(folder / "tokenizer.json", byte_tokenizer())
-        write_json(
-            folder / "tokenizer_config.json", {"tokenizer_class": GENERIC_CLASS, "clean_up_tokenization_spaces": False}
-        )
+        write_json(folder / CONFIG, {"tokenizer_class": GENERIC_CLASS, "clean_up_tokenization_spaces": False})
         return
     found = [name for name in FILES if copy_asset(bundle, name, folder)]
     if "tokenizer.json" not in found:
         what = "none" if kind is None else f"a {kind!r}, which has no tokenizer.json"
         notes.append(f"no tokenizer: the bundle has {what}; give token ids")
+    if CONFIG in found:
+        write_json(folder / CONFIG, readable_config(bundle, read_json(folder / CONFIG)))
+
+
+def readable_config(bundle: Bundle, config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json for readers that transformers 5 has left behind.
+
+    transformers 4 knows no class TokenizersBackend and wants names to ``extra_special_tokens``; Transformers.js reads
+    no chat_template.jinja.
+    """
+    made = dict(config)
+    if made.get("tokenizer_class") in ("TokenizersBackend", None):
+        made["tokenizer_class"] = GENERIC_CLASS
+    if isinstance(extra := made.get("extra_special_tokens"), list):
+        del made["extra_special_tokens"]
+        made.setdefault("additional_special_tokens", extra)
+    template = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"]).chat_template
+    return {**made, "chat_template": template} if template is not None else made
 
 
 def byte_tokenizer() -> dict[str, Any]:

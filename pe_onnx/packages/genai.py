@@ -2,7 +2,8 @@
 
 A bundle of target ``ort`` runs in place, past and present in one buffer; of target ``portable`` with a cache that
 grows. Rows of a batch are padded on the right, which genai does by itself. It runs a prompt in one piece, as our
-runtime does where an encoding depends on it, unless ``chunk_size`` is set.
+runtime does where an encoding depends on it, unless ``chunk_size`` is set. It has no text without an end: where no id
+is named, 0 ends one.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ class Genai(Package):
         bundle = self.bundle
         need_decoder(bundle, "genai", "export it with --target portable and make a package for optimum")
         need_whole_cache(bundle, "genai")
-        need_numbers(bundle, "genai")
+        need_numbers(bundle, "genai", ("float32", "float16", "int8"))
         one_cache_shape(bundle, "genai")
         limit, asked = bundle.max_length, self.options.context
         if asked is not None and (asked < 2 or asked > (limit or asked)):
             raise ConfigError(f"context = {asked}: accepted are 2..{limit or 'any'} tokens, as the encoding takes them")
+        if special_ids(bundle, self.options.eos)["eos_token_id"] is None:
+            raise ConfigError(
+                f"genai ends every text at a token id, and {bundle.folder} names none: give --eos ID, one that does not "
+                "come up, such as 0 where ids are bytes"
+            )
 
     def write(self, folder: Path) -> None:
         self.place_graph(MODEL, folder / MODEL)
@@ -40,13 +46,11 @@ class Genai(Package):
         write_json(folder / "genai_config.json", self.config())
 
     def config(self) -> dict[str, Any]:
-        """genai_config.json. It is given no end-of-text id where there is none: it stops at max_length then."""
+        """genai_config.json."""
         bundle, held = self.bundle, read_json(self.bundle.folder / "config.json")
         K, D = one_cache_shape(bundle, "genai")
         ids = special_ids(bundle, self.options.eos)
         eos = ids["eos_token_id"]
-        if eos is None:
-            self.notes.append("no end-of-text id: generation goes on to max_length; --eos ID sets one")
         first = eos[0] if isinstance(eos, list) else eos
         heads = held.get("num_attention_heads")
         length = self.options.context or bundle.max_length or bundle.trained_length or DEFAULT_CONTEXT
@@ -54,9 +58,9 @@ class Genai(Package):
             "type": "decoder",
             "vocab_size": bundle.shape["vocab_size"],
             "context_length": length,
-            "bos_token_id": _first_known(ids["bos_token_id"], first),
-            "eos_token_id": [] if eos is None else eos,
-            "pad_token_id": _first_known(ids["pad_token_id"], first),
+            "bos_token_id": first if ids["bos_token_id"] is None else ids["bos_token_id"],
+            "eos_token_id": eos,
+            "pad_token_id": first if ids["pad_token_id"] is None else ids["pad_token_id"],
             "decoder": {
                 "session_options": {"provider_options": []},
                 "filename": MODEL,
@@ -88,8 +92,3 @@ class Genai(Package):
 
     def loading(self, folder: Path) -> str:
         return f"python -c \"import onnxruntime_genai as og; model = og.Model('{folder}')\""
-
-
-def _first_known(*ids: Any) -> int:
-    """genai wants a number; 0 is padded with where nothing names one, under a mask of 0."""
-    return next((token for token in ids if token is not None), 0)

@@ -44,7 +44,7 @@ The graph is of ONNX opset {opset}, for an onnxruntime backend that has it.
 class Triton(Package):
     """For ``tritonserver --model-repository``."""
 
-    accepts = ("name",)
+    accepts: tuple[str, ...] = ("name",)
 
     def check(self) -> None:
         need_decoder(self.bundle, "triton", "make a package for optimum of it")
