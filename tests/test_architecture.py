@@ -69,7 +69,7 @@ RUNTIME = (
     *("session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "growing_cache", "kv_cache"),
     *("memory_plan", "tokenizer", "packages", "packager", "sampling", "beam_search", "generate"),
     *("machine", "report_files", "plain_values"),
-    *("intervals", "graph_nodes", "external_weights", "fresh_process", "attribution", "turns", "contestants"),
+    *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
     *("operator_times", "yardstick_model", "yardstick", "relative", "baselines", "regression"),
     *("bench_report", "bench_tables"),
 )

@@ -36,7 +36,7 @@ class Genai(Package):
             raise ConfigError(f"context = {asked}: accepted are 2..{limit or 'any'} tokens, as the encoding takes them")
         if special_ids(bundle, self.options.eos)["eos_token_id"] is None:
             raise ConfigError(
-                f"genai ends every text at a token id, and {bundle.folder} names none: give --eos ID, one that does not "
+                f"genai ends a text at some token id, and {bundle.folder} names none: give --eos ID, one that does not "
                 "come up, such as 0 where ids are bytes"
             )
 
