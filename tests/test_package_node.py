@@ -49,6 +49,32 @@ for (const [name, run] of Object.entries(runs)) {
 console.log(JSON.stringify(results));
 """
 
+WEB = """
+import { existsSync, readFileSync } from 'node:fs';
+import * as ort from 'onnxruntime-web';
+
+const { root, runs } = JSON.parse(readFileSync(0, 'utf8')), results = {};
+ort.env.wasm.numThreads = 1;
+const int64 = (values) => new ort.Tensor('int64', BigInt64Array.from(values, BigInt), [1, values.length]);
+for (const [name, run] of Object.entries(runs)) {
+  const file = `${root}${run.folder}/onnx/model.onnx`, data = `${file}_data`;
+  const externalData = existsSync(data) ? [{ path: 'model.onnx_data', data: readFileSync(data) }] : [];
+  const session = await ort.InferenceSession.create(readFileSync(file), { executionProviders: ['wasm'], externalData });
+  let ids = run.rows[0], sent = 0, cache = {};
+  for (const { name, shape } of session.inputMetadata.filter(({ name }) => name.startsWith('past_key_values')))
+    cache[name] = new ort.Tensor('float32', new Float32Array(0), [1, shape[1], 0, shape[3]]);
+  for (results[name] = []; results[name].length < run.new; results[name].push(ids[0])) {
+    const positions = ids.map((_, i) => sent + i);
+    const inputs = { input_ids: int64(ids), attention_mask: int64(Array(sent + ids.length).fill(1)) };
+    const outputs = await session.run({ ...inputs, position_ids: int64(positions), ...cache });
+    const last = outputs.logits.data.slice(-outputs.logits.dims[2]);
+    [sent, ids] = [sent + ids.length, [last.indexOf(Math.max(...last))]];
+    for (const name of Object.keys(cache)) cache[name] = outputs[name.replace('past_key_values', 'present')];
+  }
+}
+console.log(JSON.stringify(results));
+"""
+
 
 @pytest.fixture(scope="session")
 def node(shared: Shared) -> Path:
@@ -56,10 +82,12 @@ def node(shared: Shared) -> Path:
     return shared(PACKAGES, lambda folder: environments.make_node(folder, PACKAGES))
 
 
-def run(node: Path, root: Path, runs: dict[str, Any]) -> dict[str, Any]:
-    (script := node / "run.mjs").write_text(SCRIPT)
+def run(node: Path, root: Path, runs: dict[str, Any], code: str = SCRIPT) -> dict[str, Any]:
+    (script := root / "run.mjs").write_text(code)
+    if not (root / "node_modules").exists():
+        (root / "node_modules").symlink_to(node / "node_modules")
     given = json.dumps({"root": f"{root}/", "runs": runs})
-    ran = subprocess.run(["node", script], input=given, capture_output=True, text=True, cwd=node, timeout=600)
+    ran = subprocess.run(["node", script], input=given, capture_output=True, text=True, cwd=root, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout)
 
@@ -93,6 +121,17 @@ def test_our_decoders(node: Path, bundles: Bundles, tmp_path: Path) -> None:
     assert len({json.dumps(made[name]) for name in ("alibi", "learned", "rope")}) == 3, (
         "the encoding makes a difference"
     )
+
+
+def test_webassembly(node: Path, bundles: Bundles, tmp_path: Path) -> None:
+    """What a browser has: onnxruntime-web, handed the weights as Transformers.js does there."""
+    kinds = {name: bundles(name, "portable", preset="tiny", config=GROUPED) for name in ("alibi", "learned")}
+    for name, bundle in kinds.items():
+        package(bundle, "transformersjs", tmp_path / name)
+    assert (tmp_path / "learned" / "onnx" / "model.onnx_data").exists()
+    found = run(node, tmp_path, {name: {"folder": name, "rows": rows(), "new": NEW} for name in kinds}, WEB)
+    assert found == {name: pe_onnx.load(bundle).generate(rows()[0], NEW).tokens for name, bundle in kinds.items()}
+    assert found["alibi"] != found["learned"]
 
 
 def test_smollm2(node: Path, smollm2_bundles: Callable[[str], Path], tmp_path: Path) -> None:

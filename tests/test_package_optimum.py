@@ -30,7 +30,8 @@ from transformers import AutoTokenizer
 
 asked, results = json.load(sys.stdin), {}
 for name, run in asked.items():
-    tokenizer = AutoTokenizer.from_pretrained(run["folder"], padding_side="left", pad_token=run["pad"])
+    tokenizer = AutoTokenizer.from_pretrained(run["folder"], padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or "!"
     batch = tokenizer.pad({"input_ids": run["rows"]}, return_tensors="pt")
     for binding in (False, True):
         model = ORTModelForCausalLM.from_pretrained(run["folder"], use_io_binding=binding)
@@ -67,7 +68,6 @@ def test_the_same_tokens(
             "rows": prompts,
             "new": NEW,
             "texts": TEXTS,
-            "pad": "!" if ours else None,
             "chat": None if ours else CHAT,
         }
     found = json.loads(environments.run_python(optimum, SCRIPT, json.dumps(asked)))

@@ -76,12 +76,14 @@ def load_kind(consumer: str, options: Options, count: int) -> type[Package]:
     """The consumer's class. Raises ConfigError for a name that none has, an option or a count of bundles it has no
     use for."""
     module = discovery.load("packages", consumer)
-    kind: type[Package] = getattr(module, "".join(part.capitalize() for part in consumer.split("_")))
+    name = "".join(part.capitalize() for part in consumer.split("_"))
+    kind: type[Package] | None = getattr(module, name, None)
+    if kind is None:
+        raise ConfigError(f"{module.__file__} must hold a class {name}, and has none")
     given = [name for name, value in vars(options).items() if value is not None]
-    for name in given:
-        if name not in kind.accepts:
-            takers = ", ".join(kind.accepts) or "none"
-            raise ConfigError(f"{name} is no option of a package for {consumer} (options: {takers})")
+    if astray := [option for option in given if option not in kind.accepts]:
+        accepted = ", ".join(kind.accepts) or "none"
+        raise ConfigError(f"{astray[0]} is no option of a package for {consumer} (options: {accepted})")
     if count > 1 and not kind.several:
         raise ConfigError(f"a package for {consumer} is made of one bundle; received {count}")
     return kind
@@ -137,7 +139,7 @@ def checked_ids(ids: Sequence[int], bundle: Bundle) -> list[int]:
     vocab_size = bundle.shape["vocab_size"]
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise ConfigError(f"eos = {token}: accepted are the ids of the vocabulary, 0..{vocab_size - 1}")
+            raise ConfigError(f"eos = {token}: accepted are the ids of the vocabulary, 0..{vocab_size - 1}; give --eos")
     return list(ids)
 
 
