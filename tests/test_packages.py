@@ -182,18 +182,23 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
 
 @pytest.mark.parametrize(("changes", "consumers", "message"), REFUSED)
 def test_what_is_refused(changes: dict[str, Any], consumers: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    manifest = copy.deepcopy(small_bundle.manifest())
-    for key, value in changes.items():
-        manifest[key] = {**manifest[key], **value} if key == "model" else value
-    with write_bundle(tmp_path / "b", manifest) as folder:
-        for name in ("model.onnx", "encoder_model.onnx", "decoder_model.onnx"):
-            (folder / name).write_text("a graph")
+    write_graphless(tmp_path / "b", changes)
     before = snapshot(tmp_path)
     for consumer in consumers:
         with pytest.raises(ConfigError, match=message) as raised:
             package(tmp_path / "b", consumer, tmp_path / "p", GIVEN.get(consumer))
         assert "\n" not in str(raised.value)
     assert snapshot(tmp_path) == before
+
+
+def write_graphless(folder: Path, changes: dict[str, Any]) -> None:
+    """A bundle with another manifest; a package is made of it without a look into its graphs."""
+    manifest = copy.deepcopy(small_bundle.manifest())
+    for key, value in changes.items():
+        manifest[key] = {**manifest[key], **value} if key in ("model", "encoding") else value
+    with write_bundle(folder, manifest) as partial:
+        for name in ("model.onnx", "encoder_model.onnx", "decoder_model.onnx"):
+            (partial / name).write_text("a graph")
 
 
 def test_a_broken_bundle_is_refused(tmp_path: Path) -> None:
@@ -229,19 +234,29 @@ MISTAKES = [
 ]
 
 
+BUNDLES: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "learned": {"model": {"max_length": 32}},
+    "portable": {"target": "portable"},
+    "other": {"target": "portable", "encoding": {"name": "alibi"}},
+    "half": {"target": "portable", "encoding": {"name": "alibi"}, "dtype": "fp16"},
+}
+
+
+@pytest.fixture(scope="module")
+def graphless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("graphless")
+    for name, changes in BUNDLES.items():
+        write_graphless(folder / name, changes)
+    return {name: str(folder / name) for name in BUNDLES}
+
+
 @pytest.mark.parametrize(("line", "words"), MISTAKES)
-def test_mistakes(
-    line: str, words: list[str], run: Cli, places: dict[str, str], bundles: Bundles, tmp_path: Path
-) -> None:
-    more = {
-        "portable": str(bundles("alibi", "portable")),
-        "other": str(bundles("rope", "portable")),
-        "half": str(bundles("rope", "portable", dtype="fp16")),
-    }
+def test_mistakes(line: str, words: list[str], run: Cli, graphless: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     before = snapshot(tmp_path)
-    refused(run("package", *(word.format_map(places | more) for word in line.split())), 2, *words)
+    refused(run("package", *(word.format_map(graphless) for word in line.split())), 2, *words)
     assert snapshot(tmp_path) == before
 
 

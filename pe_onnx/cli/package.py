@@ -6,14 +6,13 @@ from pathlib import Path
 
 import click
 
+from pe_onnx import discovery
 from pe_onnx.errors import ConfigError
 
 
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(), metavar="DIR...")
-@click.option(
-    "--for", "consumer", required=True, metavar="NAME", help="genai, optimum, transformersjs, triton or kserve."
-)
+@click.option("--for", "consumer", required=True, metavar="NAME", help=f"{', '.join(discovery.names('packages'))}.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Package folder.")
 @click.option("--copy", is_flag=True, help="Copies of graphs and weights in place of hard links.")
 @click.option("--force", is_flag=True, help="Replace a package that is there.")

@@ -63,9 +63,9 @@ class Package(ABC):
     def loading(self, folder: Path) -> str:
         """The shortest code or command that runs what stands in ``folder``."""
 
-    def place_graph(self, name: str, target: Path, bundle: Bundle | None = None) -> None:
+    def place_graph(self, name: str, target: Path) -> None:
         """A graph of the bundle as ``target``, its weights beside it."""
-        bundle = bundle or self.bundle
+        bundle = self.bundle
         target.parent.mkdir(parents=True, exist_ok=True)
         self.place(bundle.folder / name, target)
         if WEIGHTS in bundle.manifest["files"] and not (weights := target.with_name(WEIGHTS)).exists():

@@ -8,10 +8,11 @@ the graph, so that a Llama of the same cache may stand for any decoder.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pe_onnx.bundle import Bundle
-from pe_onnx.packages._texts import read_json
+from pe_onnx.packages._texts import read_json, write_json
 
 SOURCE = "source_config.json"
 """The bundle's own configuration, beside the one that stands in."""
@@ -44,10 +45,12 @@ def known_config(bundle: Bundle, ids: dict[str, Any]) -> tuple[dict[str, Any], b
     }, True
 
 
-def note(bundle: Bundle) -> str:
-    """For the record."""
-    own = read_json(bundle.folder / "config.json").get("model_type") or bundle.manifest["source"]["kind"]
-    return (
-        f"config.json says llama, of the graph's cache sizes, and stands for {own!r} with encoding "
+def write_source(bundle: Bundle, folder: Path, notes: list[str]) -> None:
+    """The bundle's own configuration under another name, and a note on what stands for it."""
+    own = read_json(bundle.folder / "config.json")
+    if own:
+        write_json(folder / SOURCE, own)
+    notes.append(
+        f"config.json says llama, of the graph's cache sizes, and stands for {own.get('model_type')!r} with encoding "
         f"{bundle.manifest['encoding']['name']!r}: the graph alone computes; {SOURCE} is the bundle's own"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pe_onnx.bundle import DECODER, ENCODER, MODEL
 from pe_onnx.packages import Package, copy_asset, need_numbers, need_target, one_cache_shape
-from pe_onnx.packages._stand_in import SOURCE, known_config, note
+from pe_onnx.packages._stand_in import known_config, write_source
 from pe_onnx.packages._texts import read_json, special_ids, write_json, write_tokenizer
 
 MERGED = "decoder_model_merged.onnx"
@@ -42,9 +42,8 @@ class Optimum(Package):
         self.place_graph(MODEL, folder / MODEL)
         config, stands_in = known_config(bundle, ids)
         write_json(folder / "config.json", config)
-        if stands_in and (bundle.folder / "config.json").is_file():
-            write_json(folder / SOURCE, read_json(bundle.folder / "config.json"))
-            self.notes.append(note(bundle))
+        if stands_in:
+            write_source(bundle, folder, self.notes)
 
     def loading(self, folder: Path) -> str:
         kind = "ORTModelForCausalLM" if self.bundle.crossing is None else "ORTModelForSeq2SeqLM"

@@ -6,13 +6,12 @@ the shapes in the graph. Each variant is a bundle of its own, of one model.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pe_onnx.bundle import MODEL, WEIGHTS, Bundle
 from pe_onnx.errors import ConfigError, needs
-from pe_onnx.packages import Package, copy_asset, need_decoder, need_numbers, need_target
-from pe_onnx.packages._stand_in import SOURCE, known_config, note
+from pe_onnx.packages import Package, need_decoder, need_numbers, need_target
+from pe_onnx.packages._stand_in import known_config, write_source
 from pe_onnx.packages._texts import read_json, special_ids, write_json, write_tokenizer
 
 REASON = "a cache that grows and any padding"
@@ -64,9 +63,8 @@ class Transformersjs(Package):
             **({"use_external_data_format": outside} if outside else {}),
         }
         write_json(folder / "config.json", config)
-        if stands_in and copy_asset(self.bundle, "config.json", folder / "onnx"):
-            os.replace(folder / "onnx" / "config.json", folder / SOURCE)
-            self.notes.append(note(self.bundle))
+        if stands_in:
+            write_source(self.bundle, folder, self.notes)
 
     def _write_graph(self, bundle: Bundle, target: Path) -> None:
         """The graph under another name; where its weights are a file, they get the name that belongs to it."""
