@@ -7,22 +7,17 @@ holds the SHA-256 of every other file.
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import glob
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pe_onnx import contract, prepared
-from pe_onnx.errors import BundleError, ConfigError, ExportError
+from pe_onnx.errors import BundleError, system_reason
+from pe_onnx.placing import check_place, placed
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -185,7 +180,7 @@ def read_bundle(folder: str | Path, verify: bool = True, remembered: bool = Fals
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        what = f"its {MANIFEST} cannot be read ({_reason(error)})"
+        what = f"its {MANIFEST} cannot be read ({system_reason(error)})"
         if isinstance(error, FileNotFoundError):
             what = f"it has no {MANIFEST}" if folder.exists() else "it does not exist"
         raise BundleError(f"{folder} is not a bundle: {what}; make one with `pe-onnx export -o DIR`") from None
@@ -268,11 +263,6 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
         require(inside and whole, f"files.{name}")
 
 
-def _reason(error: Exception) -> str:
-    """The system's words for an OSError, without path and number."""
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-
-
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file, read in pieces."""
     with path.open("rb") as file:
@@ -287,54 +277,18 @@ def write_bundle(folder: str | Path, manifest: dict[str, Any], force: bool = Fal
     ExportError with the system's reason (a full disk, say); nothing is left then.
     """
     check_output(Path(folder), force)
-    folder = Path(folder).resolve()
-    partial = None
-    created = _missing_parents(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
+    with placed(Path(folder)) as partial:
         yield partial
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         manifest["files"] = {
             str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        for path in (*files, partial / MANIFEST):
-            _sync(path)
-        partial.chmod(0o777 & ~_umask())
-        _put_in_place(partial, folder)
-    except OSError as error:
-        raise ExportError(f"cannot write {folder}: {_reason(error)}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        for parent in created:  # innermost first; those that hold something stay
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def check_output(folder: Path, force: bool) -> None:
     """Raises ConfigError where a bundle may not or cannot be written to ``folder``."""
-    try:
-        parents = folder.absolute().parents
-        blocking = next((p for p in parents if p.exists() and not p.is_dir()), None)
-        exists = folder.exists()
-        if exists and folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise ConfigError(f"output {folder} is the working directory or above it; name a folder of its own")
-        if not exists and blocking is None and folder.is_symlink():
-            raise ConfigError(f"output {folder} is a link to what does not exist")
-        empty = exists and folder.is_dir() and not any(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(f"output {folder} cannot be written: {_reason(error)}") from None
-    if blocking is not None:
-        raise ConfigError(f"output {folder} cannot be written: {blocking} is not a folder")
-    if not exists or empty:
-        return
-    if not force:
-        raise ConfigError(f"output {folder} exists; give another -o, or --force to replace it")
-    if not _holds_bundle(folder):
-        raise ConfigError(f"output {folder} exists and is not a bundle; --force replaces bundles only")
+    check_place(folder, force, "bundle", _holds_bundle)
 
 
 def _holds_bundle(folder: Path) -> bool:
@@ -345,69 +299,3 @@ def _holds_bundle(folder: Path) -> bool:
         return False
     except ValueError:
         return any((folder / name).is_file() for name in (MODEL, DECODER))
-
-
-def _missing_parents(folder: Path) -> list[Path]:
-    """Parents that do not exist yet, innermost first."""
-    return [parent for parent in folder.parents if not parent.exists()]
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename, or exchange with what is there: at no moment is there a half bundle."""
-    if not folder.exists() or not any(folder.iterdir()):
-        os.replace(partial, folder)
-        return
-    if not _exchange(partial, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-{os.getpid()}-", dir=folder.parent))
-        os.replace(folder, old)
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step where the system can (Linux renameat2); False elsewhere."""
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        return libc.renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
-    except (OSError, AttributeError):
-        return False
-
-
-def _remove_stale(folder: Path) -> None:
-    """Clear up what killed runs left beside ``folder``; an old bundle whose successor never came is put back."""
-    for kind in ("old", "partial"):
-        for path in folder.parent.glob(f".{glob.escape(folder.name)}.{kind}-*"):
-            pid = path.name.rpartition(f".{kind}-")[2].partition("-")[0]
-            if not pid.isdecimal() or (int(pid) != os.getpid() and _alive(int(pid))):
-                continue
-            if kind == "old" and not folder.exists():
-                os.replace(path, folder)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ command line exits with: 2 for wrong usage or input, 1 for a check that failed o
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -81,6 +82,11 @@ def needs(what: str, extra: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Of another package's message, whose further lines are for its own developers."""
     return str(error).strip().split("\n", 1)[0]
+
+
+def system_reason(error: Exception) -> str:
+    """The system's words for an OSError, without path and number."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from pe_onnx.bundle import Bundle
 from pe_onnx.errors import BundleError, first_line, needs
+from pe_onnx.external_weights import readable
 from pe_onnx.providers import PROVIDERS, onnxruntime, resolve_provider
 from pe_onnx.tolerance import exact_options
 
@@ -53,7 +54,7 @@ class ExposedGraph:
     def initializer(self, name: str) -> Array | None:
         """A weight or constant of the file, None for what is none."""
         value = self.model.graph.initializers.get(name)
-        return None if value is None or value.const_value is None else value.const_value.numpy()
+        return None if value is None or value.const_value is None else readable(value.const_value).numpy()
 
     def runner(
         self,

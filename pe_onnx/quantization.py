@@ -36,6 +36,7 @@ from pe_onnx.errors import ConfigError, ExportError, first_line, needs
 with needs("quantization", "'pe-onnx[export]'"):
     import onnx_ir as ir
 
+from pe_onnx.external_weights import load
 from pe_onnx.passes.nodes import attribute
 from pe_onnx.passes.quantized_cache import QuantizedCache
 from pe_onnx.passes.quantized_weights import QuantizedWeights, Rounding, rounded_weights
@@ -108,7 +109,7 @@ def quantize(
 
     progress("load")
     models = {
-        path.name: ir.load(path) for path in sorted(source.folder.glob("*.onnx")) if path.name not in (RUNTIME, CUDA)
+        path.name: load(path) for path in sorted(source.folder.glob("*.onnx")) if path.name not in (RUNTIME, CUDA)
     }
     held: dict[str, Any] = {"bits": None, "accuracy_level": None}
     if bits is not None:
@@ -125,7 +126,7 @@ def quantize(
     with write_bundle(output, manifest, force) as folder:
         try:
             save(models, folder, embedded=manifest["graph"]["weight_bytes"] < EMBED_BELOW_BYTES)
-        except ValueError as error:  # onnx-ir reads no file that has a second name elsewhere
+        except ValueError as error:  # onnx-ir reads no link out of the folder
             raise ExportError(f"the weights of {source.folder} cannot be read: {first_line(error)}") from error
         _copy_assets(source, folder)
         if cache is None:
@@ -253,9 +254,9 @@ def with_rounded_weights(source: Bundle, rounded: Bundle) -> Iterator[Bundle]:
     """The bundle ``source`` in a folder for a while, with the weights that ``rounded`` computes with."""
     weights: dict[str, Any] = {}
     for name in source.graphs:
-        weights.update(rounded_weights(ir.load(rounded.folder / name)))
+        weights.update(rounded_weights(load(rounded.folder / name)))
     with tempfile.TemporaryDirectory(prefix=".twin-", dir=rounded.folder.parent) as place:
-        models = {name: ir.load(source.folder / name) for name in source.graphs}
+        models = {name: load(source.folder / name) for name in source.graphs}
         for model in models.values():
             for name, value in model.graph.initializers.items():
                 if name in weights and value.const_value is not None:

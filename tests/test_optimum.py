@@ -1,39 +1,23 @@
-"""optimum's ORTModelForSeq2SeqLM on our portable bundles, in a virtual environment of its own: the tokens of
+"""optimum's ORTModelForSeq2SeqLM on packages of our portable bundles, in an environment of its own: the tokens of
 transformers 5.23 here, of padded sources, greedily and with beams, with its own buffers and without."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import environments
 import pytest
 import t5_models
 import torch
 from transformers import PreTrainedModel
 
 import pe_onnx
+from pe_onnx.packager import package
 
 pytestmark = pytest.mark.slow
-
-PACKAGES = (
-    "torch==2.13.0",
-    "onnxruntime==1.32.0",
-    "optimum==2.1.0",
-    "optimum-onnx==0.1.0",
-    "transformers==4.57.6",
-    "tokenizers==0.22.2",
-    "huggingface_hub==0.36.2",
-    "onnx==1.23.2",
-    "numpy==2.4.6",
-)
-"""optimum-onnx 0.1.0 wants transformers below 4.58."""
 
 SOURCES = [[5, 6, 7, 8, 9, 40, 1], [11, 12, 1], [13, 1]]
 NEW_TOKENS = 14
@@ -71,23 +55,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def python() -> Iterator[Path]:
-    """The interpreter of an environment with optimum."""
-    with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
-        interpreter = Path(folder, "Scripts" if os.name == "nt" else "bin", "python")
-        pip = [str(interpreter), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        probe = [*pip, "download", "--no-deps", "--dest", str(Path(folder, "probe")), "packaging"]
-        if subprocess.run(probe, capture_output=True, timeout=120).returncode != 0:
-            pytest.skip("pip reaches no package index")
-        made = subprocess.run([*pip, "install", "--no-compile", *PACKAGES], capture_output=True, text=True, timeout=900)
-        assert made.returncode == 0, made.stderr
-        yield interpreter
-
-
-@pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrainedModel, Path]]:
-    """Name to transformers' model and our bundle. A token that comes up ends the texts, some early."""
+    """Name to transformers' model and a package of our bundle. A token that comes up ends the texts, some early."""
     made = {}
     for name, changes in BUNDLES.items():
         folder = tmp_path_factory.mktemp(name)
@@ -95,7 +64,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreT
         model.generation_config.eos_token_id = [1, tokens(model, 1)[0][5]]
         model.save_pretrained(folder / "c")
         pe_onnx.export(model=folder / "c", output=folder / "b", target="portable", verify=False)
-        made[name] = (model, folder / "b")
+        package(folder / "b", "optimum", folder / "p")
+        made[name] = (model, folder / "p")
     return made
 
 
@@ -111,7 +81,7 @@ def tokens(model: PreTrainedModel, beams: int) -> list[list[int]]:
 
 
 def test_optimum_makes_the_tokens_of_transformers(
-    python: Path, references: dict[str, tuple[PreTrainedModel, Path]]
+    optimum: Path, references: dict[str, tuple[PreTrainedModel, Path]]
 ) -> None:
     asked = {
         "ids": padded().tolist(),
@@ -119,16 +89,7 @@ def test_optimum_makes_the_tokens_of_transformers(
         "beams": BEAMS,
         "bundles": {name: str(folder) for name, (_, folder) in references.items()},
     }
-    ran = subprocess.run(
-        [str(python), "-c", SCRIPT],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(ran.stdout)
+    found = json.loads(environments.run_python(optimum, SCRIPT, json.dumps(asked)))
     ragged = []
     for name, (model, _) in references.items():
         wanted = {beams: tokens(model, beams) for beams in BEAMS}
@@ -144,8 +105,7 @@ def test_optimum_makes_the_tokens_of_transformers(
         assert "Got invalid dimensions for output: present.0.decoder.key" in found[key]
 
 
-def test_the_script_is_run_by_another_transformers(python: Path) -> None:
+def test_the_script_is_run_by_another_transformers(optimum: Path) -> None:
     code = "import transformers, optimum.version; print(transformers.__version__, optimum.version.__version__)"
-    ran = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.stdout.split() == ["4.57.6", "2.1.0"], ran.stderr
-    assert str(python) != sys.executable
+    assert environments.run_python(optimum, code).split() == ["4.57.6", "2.1.0"]
+    assert str(environments.interpreter(optimum)) != sys.executable

@@ -91,7 +91,7 @@ def test_what_the_metadata_names_is_there(name: str) -> None:
 def test_the_wheel_finds_its_files_by_name(wheel: Path, tmp_path: Path) -> None:
     """Discovery reads folders, which lie elsewhere once installed."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    packages = ("encodings", "custom_ops", "models", "passes", "cli")
+    packages = ("encodings", "custom_ops", "models", "packages", "passes", "cli")
     code = (
         "import json, pe_onnx; from pe_onnx import discovery; "
         f"print(json.dumps([pe_onnx.__file__, {{p: discovery.names(p) for p in {packages}}}]))"

@@ -199,6 +199,8 @@ class Scheduler:
     def _gathered(self, works: list[Work]) -> list[Work]:
         """Some requests in the order of their rows, which lie side by side after as few exchanges as it takes."""
         n, rows = len(works), sorted(work.row for work in works if work.row is not None)
+        if self.slots.free_start and rows[-1] - rows[0] == n - 1:
+            return sorted(works, key=lambda work: work.row or 0)
         starts = range(len(self.owners) - n + 1) if self.slots.free_start else (0,)
         first = max(starts, key=lambda start: sum(start <= row < start + n for row in rows))
         places = [row for row in range(first, first + n) if row not in rows]
