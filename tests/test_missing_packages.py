@@ -144,3 +144,22 @@ finally:
     assert result.returncode == 0
     assert result.stdout
     assert result.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "pydantic", "prometheus_client", "starlette"])
+def test_serve_names_its_extra(bundles: Bundles, package: str) -> None:
+    refused(without({package}, MAIN, "serve", bundles("rope"), "--port", 0), 2, package, "'pe-onnx[serve]'")
+
+
+def test_replicas_name_their_extra(bundles: Bundles) -> None:
+    refused(without({"ray"}, MAIN, "serve", bundles("rope"), "--ray"), 2, "ray", "'pe-onnx[serve,ray]'")
+
+
+def test_serving_needs_no_export_half(bundles: Bundles) -> None:
+    code = """
+import pe_onnx
+from pe_onnx.server.app import create_app
+from pe_onnx.server.options import ServerOptions
+print(create_app(pe_onnx.load(sys.argv[1]), ServerOptions("m")).title)
+"""
+    assert without(EXPORT_HALF, code, bundles("rope")).stdout == "pe-onnx\n"

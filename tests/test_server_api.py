@@ -348,14 +348,14 @@ def test_killed_and_started_again(bundle: Path) -> None:
 
 
 MISTAKES = (
-    ("serve nowhere", ["nowhere is not a bundle"]),
+    ("serve nowhere --port 0", ["nowhere is not a bundle"]),
     ("serve {rope} --port 70000", ["70000"]),
-    ("serve {rope} --host 8.8.8.8", ["8.8.8.8", "cannot be listened on"]),
-    ("serve {rope} --host no.such.host", ["no.such.host"]),
-    ("serve {rope} --slots 0", ["slots = 0", "at least 1"]),
-    ("serve {rope} --timeout 0", ["timeout_s = 0"]),
-    ("serve {rope} --max-body 0", ["--max-body"]),
-    ("serve {rope} --max-length 999999999", ["slots of 999999999 tokens", "--slots"]),
+    ("serve {rope} --host 8.8.8.8 --port 0", ["8.8.8.8", "cannot be listened on"]),
+    ("serve {rope} --host no.such.host --port 0", ["no.such.host"]),
+    ("serve {rope} --slots 0 --port 0", ["slots = 0", "at least 1"]),
+    ("serve {rope} --timeout 0 --port 0", ["timeout_s = 0"]),
+    ("serve {rope} --max-body 0 --port 0", ["--max-body"]),
+    ("serve {rope} --max-length 999999999 --port 0", ["slots of 999999999 tokens", "--slots"]),
     ("serve {portable} --port 0", ["target portable", "--target ort"]),
 )
 

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from pe_onnx import __version__
@@ -155,12 +156,15 @@ class Application:
         answers = form(self.options.name, self.model.tokenizer)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(self._documents(choices, answers, with_usage, begun), self.metrics.cancelled.inc)
+            documents = self._documents(choices, answers, with_usage, begun)
+            return EventStream(documents, self.metrics.cancelled.inc, partial(self.crossing.give_up, choices))
         try:
             await unless_left(request, self._finish(choices, begun))
         except ClientLeftError:
             self.metrics.cancelled.inc()
             raise
+        finally:
+            self.crossing.give_up(choices)
         if (choice := failed(choices)) is not None:
             return _without_answer(choice)
         return JSONResponse(answers.whole(choices))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pe_onnx.errors import needs
+
+with needs("serve", "'pe-onnx[serve]'"):
+    from pydantic import BaseModel, ConfigDict, Field
 
 MOST_STOPS = 16
 MOST_CHOICES = 128

@@ -109,16 +109,23 @@ async def _left(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events: one ``data:`` line for each document, and ``[DONE]``.
 
-    left: called where the client closes its connection before the end.
+    left: called where the client closes its connection before the end. done: called in any case, even where nothing
+    was sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, documents: AsyncGenerator[dict[str, Any] | None, None], left: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        documents: AsyncGenerator[dict[str, Any] | None, None],
+        left: Callable[[], None],
+        done: Callable[[], None],
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.documents = documents
         self.left = left
+        self.done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.ensure_future(self._send(send))
@@ -130,6 +137,7 @@ class EventStream(Response):
         finally:
             for one in (task, watch):
                 one.cancel()
+            self.done()
             results = await asyncio.gather(task, watch, return_exceptions=True)
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
