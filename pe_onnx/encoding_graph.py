@@ -44,12 +44,10 @@ def write_encoding_graph(bundle: Bundle, path: Path) -> dict[str, Any]:
     if bundle.manifest["encoding"]["name"] == "none":
         return {"kind": "none"}
     model = ir.load(bundle.model)
-    found: list[tuple[dict[str, Any], dict[str, list[ir.Value]]]] = []
-    kind = "unknown"
-    for kind, find in (("rotation", _rotation), ("bias", _bias), ("embedding", _embedding)):
-        found = list(find(model.graph, bundle))
-        if found:
-            break
+    kinds = {"rotation": _rotation, "bias": _bias, "embedding": _embedding}
+    kind, found = next(
+        ((kind, got) for kind, find in kinds.items() if (got := list(find(model.graph, bundle)))), ("", [])
+    )
     if not found:
         return {"kind": "unknown", "reason": "its graph spells the encoding out in a way that is not recognised"}
     exposed = list(dict.fromkeys(value for _, roles in found for values in roles.values() for value in values))
@@ -109,15 +107,16 @@ def _bias(graph: ir.Graph, bundle: Bundle) -> Iterator[tuple[dict[str, Any], dic
 
 
 def _embedding(graph: ir.Graph, bundle: Bundle) -> Iterator[tuple[dict[str, Any], dict[str, list[ir.Value]]]]:
-    """The first sum of what is the text's and what is not, but is no constant either."""
-    text, varying = _of_text(graph), _varying(graph)
+    """The first sum of tokens' vectors, which no attention has seen, and of what is not the text's, but no constant."""
+    text, varying = _of_text(graph), _behind(graph, graph.inputs, through_shape=True)
+    attended = _behind(graph, [v for v in graph.inputs if (v.name or "").startswith(TEXT[1])], through_shape=False)
     for node in graph:
         pair = [value for value in node.inputs if value is not None]
         if node.op_type != "Add" or len(pair) != 2 or len({value in text for value in pair}) != 2:
             continue
-        still = pair[1] if pair[0] in text else pair[0]
+        moving, still = pair if pair[0] in text else pair[::-1]
         floating = still.dtype is not None and still.dtype.is_floating_point()
-        if floating and still in varying and still.shape is not None and len(still.shape) == 3:
+        if floating and still in varying and moving not in attended:
             yield {"layers": []}, {"value": [still]}
             return
 
@@ -125,11 +124,6 @@ def _embedding(graph: ir.Graph, bundle: Bundle) -> Iterator[tuple[dict[str, Any]
 def _of_text(graph: ir.Graph) -> set[ir.Value]:
     """Values that depend on the text, and not on its length alone."""
     return _behind(graph, [value for value in graph.inputs if (value.name or "").startswith(TEXT)], through_shape=False)
-
-
-def _varying(graph: ir.Graph) -> set[ir.Value]:
-    """Values that depend on any input."""
-    return _behind(graph, list(graph.inputs), through_shape=True)
 
 
 def _behind(graph: ir.Graph, values: Sequence[ir.Value], through_shape: bool) -> set[ir.Value]:

@@ -35,6 +35,8 @@ RECORD = "site.json"
 KIND = "pe-onnx site"
 FORMAT = 1
 PAGE = Path(__file__).resolve().parent / "web"
+PLACES = {"onnxruntime-web.LICENSE": "vendor/onnxruntime-web/LICENSE"}
+"""Of the page's files those that do not stand at its top: the package comes without its licence."""
 UNPACKED = "unpacked.onnx"
 ENCODING = "encoding.onnx"
 MOST_WEIGHT_BYTES = 2 << 30
@@ -81,11 +83,8 @@ def write_site(
             place = folder / "vendor" / name
             npm_packages.copy_package(package, place, Path(npm_folder) if npm_folder is not None else None)
         progress("bundle")
-        for path in PAGE.iterdir():
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-        (folder / "vendor" / "onnxruntime-web" / "LICENSE").write_bytes((folder / "onnxruntime-web.LICENSE").read_bytes())
-        (folder / "onnxruntime-web.LICENSE").unlink()
+        for path in sorted(PAGE.iterdir()):
+            shutil.copyfile(path, folder / PLACES.get(path.name, path.name))
         record = _record(made, title, folder)
         progress("write")
         record["files"] = {

@@ -6,17 +6,16 @@ its few bits; for bits b, N rows and blocks of k of the weight ``[N, K]``::
     weight = (float(packed [N, K/k, k]) - zero_point [N, K/k, 1]) * scale [N, K/k, 1]
     MatMulNBits(x) = x @ weight.reshape(N, K).T + bias
 
-All of it but the product is constant, so it is computed once. Activations stay in floats: ``accuracy_level`` falls away.
+All of it but the product is constant, so it is computed once. Activations stay in floats, whatever ``accuracy_level``
+says.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
-from pe_onnx.passes.nodes import attribute, constant, insert
+from pe_onnx.passes.nodes import attribute, constant, insert, sizes
 
 MICROSOFT = "com.microsoft"
 INTEGERS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -39,7 +38,9 @@ class UnpackedProducts(ir.passes.InPlacePass):
 
     def _unpack(self, graph: ir.Graph, node: ir.Node) -> None:
         x, packed, scales, zero_points, _, bias = [*node.inputs, None, None, None][:6]
-        assert x is not None and packed is not None and scales is not None and scales.dtype is not None
+        assert packed is not None
+        assert scales is not None
+        assert scales.dtype is not None
         bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 32)
         N, K = attribute(node, "N", 0), attribute(node, "K", 0)
         self.unpacked_bytes += N * K * int(scales.dtype.itemsize)
@@ -53,19 +54,20 @@ class UnpackedProducts(ir.passes.InPlacePass):
         else:
             row = -(-blocks[1] * bits // 8) * 8 // bits
             stored = _as_integers(graph, zero_points, bits, [N, row])
-            ends = [constant(graph, [n]) for n in (0, blocks[1], 1)]
-            kept = insert(node, "Slice", [stored, *ends], blocks)
-            cast = insert(node, "Cast", [kept], blocks, to)
-            cast.type = scales.type
-            zero = insert(node, "Unsqueeze", [cast, last], [*blocks, 1])
+            every = insert(node, "Cast", [stored], [N, row], to)
+            every.type = scales.type
+            kept = insert(node, "Slice", [every, *(constant(graph, [n]) for n in (0, blocks[1], 1))], blocks)
+            zero = insert(node, "Unsqueeze", [kept, last], [*blocks, 1])
         centred = insert(node, "Sub", [numbers, zero], [*blocks, block])
-        scaled = insert(node, "Mul", [centred, insert(node, "Unsqueeze", [scales, last], [*blocks, 1])], centred.shape)
+        scale = insert(node, "Unsqueeze", [scales, last], [*blocks, 1])
+        scaled = insert(node, "Mul", [centred, scale], [*blocks, block])
         rows = insert(node, "Reshape", [scaled, whole], [N, K])
         weight = insert(node, "Transpose", [rows], [K, N], {"perm": ir.AttrInt64s("perm", [1, 0])})
         old = node.outputs[0]
-        result = insert(node, "MatMul", [x, weight], old.shape or [])
+        shape = sizes(old) or []
+        result = insert(node, "MatMul", [x, weight], shape)
         if bias is not None:
-            result = insert(node, "Add", [result, bias], old.shape or [])
+            result = insert(node, "Add", [result, bias], shape)
         name = old.name
         result.shape, result.type = old.shape, old.type
         old.replace_all_uses_with(result, replace_graph_outputs=True)
@@ -93,7 +95,7 @@ def _as_integers(graph: ir.Graph, value: ir.Value, bits: int, shape: list[int]) 
             assert tensor is not None
             made = ir.tensor(tensor.numpy().reshape(shape), name=name)
         else:
-            assert tensor is not None and math.prod(shape) == 2 * tensor.size
+            assert tensor is not None
             data = np.ascontiguousarray(tensor.numpy()).reshape(-1)
             made = ir.PackedTensor(data, dtype, shape=ir.Shape(shape), name=name)
         new = ir.Value(name=name, const_value=made, shape=ir.Shape(shape), type=ir.TensorType(dtype))

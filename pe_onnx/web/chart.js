@@ -58,14 +58,14 @@ export function drawChart(canvas, distances, lines, { level = 0, trained } = {})
     const points = Array.from(line.values, (value, j) => [x(distances[j]), y(value)]);
     stroke(points, lineColour(i, lines.length, colour("--accent")), { thickness: 1.75 });
     context.beginPath();
-    context.arc(...(points[0] ?? [0, 0]), 3, 0, 2 * Math.PI);
+    context.arc(...points[0], 3, 0, 2 * Math.PI);
     context.fillStyle = lineColour(i, lines.length, colour("--accent"));
     context.fill();
   });
   if (farthest > 0) {
     stroke([[x(farthest), MARGIN.top], [x(farthest), y(low)]], "--accent", { dash: [4, 4] });
     const left = x(farthest) > width / 2;
-    write(`position ${farthest}`, x(farthest) + (left ? -5 : 5), MARGIN.top, left ? "right" : "left", "top");
+    write("first token", x(farthest) + (left ? -5 : 5), MARGIN.top, left ? "right" : "left", "top");
   }
 }
 
