@@ -1,16 +1,17 @@
 /** Lines by distance on a canvas, in the page's colours. */
 
 const LEAST_DISTANCE = 32;
-const MARGIN = { left: 46, right: 12, top: 12, bottom: 38 };
+const MARGIN = { left: 46, right: 14, top: 12, bottom: 38 };
+const LABEL_WIDTH = 46;
+const MOST_LABELS = 8;
+const LABEL_HEIGHT = 13;
 
 /**
  * @param {HTMLCanvasElement} canvas
  * @param {number[]} distances ascending
  * @param {import("./curves.js").Line[]} lines
- * @param {{level?: number, trained?: number}} marks level: where the axis of values stands; trained: the length that
- *   the model was trained on
  */
-export function drawChart(canvas, distances, lines, { level = 0, trained } = {}) {
+export function drawChart(canvas, distances, lines) {
   const ratio = globalThis.devicePixelRatio || 1;
   const { clientWidth: width, clientHeight: height } = canvas;
   canvas.width = width * ratio;
@@ -23,48 +24,54 @@ export function drawChart(canvas, distances, lines, { level = 0, trained } = {})
 
   const farthest = distances[distances.length - 1] ?? 0;
   const end = axisEnd(farthest);
-  const [low, high] = bounds(lines, level);
-  const x = (distance) => MARGIN.left + (distance / end) * (width - MARGIN.left - MARGIN.right);
+  const [low, high] = bounds(lines);
+  const labelled = lines.length > 1 && lines.length <= MOST_LABELS;
+  const right = width - MARGIN.right - (labelled ? LABEL_WIDTH : 0);
+  const x = (distance) => MARGIN.left + (distance / end) * (right - MARGIN.left);
   const y = (value) => height - MARGIN.bottom - ((value - low) / (high - low)) * (height - MARGIN.top - MARGIN.bottom);
-  const stroke = (points, name, { thickness = 1, dash = [], alpha = 1 } = {}) => {
+  const stroke = (points, name, { thickness = 1, dash = [] } = {}) => {
     context.beginPath();
     points.forEach(([a, b], i) => (i ? context.lineTo(a, b) : context.moveTo(a, b)));
-    context.globalAlpha = alpha;
     context.strokeStyle = name.startsWith("--") ? colour(name) : name;
     context.lineWidth = thickness;
     context.setLineDash(dash);
     context.stroke();
-    context.globalAlpha = 1;
   };
-  const write = (text, a, b, align, baseline) => {
-    context.fillStyle = colour("--soft");
+  const write = (text, a, b, align, baseline, fill = colour("--soft")) => {
+    context.fillStyle = fill;
     context.textAlign = align;
     context.textBaseline = baseline;
     context.fillText(text, a, b);
   };
 
   for (const value of ticks(low, high)) {
-    stroke([[MARGIN.left, y(value)], [width - MARGIN.right, y(value)]], "--line");
+    stroke([[MARGIN.left, y(value)], [right, y(value)]], "--line");
     write(shown(value), MARGIN.left - 8, y(value), "right", "middle");
   }
-  stroke([[MARGIN.left, y(level)], [width - MARGIN.right, y(level)]], "--soft");
+  stroke([[MARGIN.left, y(0)], [right, y(0)]], "--soft");
   for (const distance of [0, end / 4, end / 2, (3 * end) / 4, end]) {
     write(`${distance}`, x(distance), height - MARGIN.bottom + 6, "center", "top");
   }
-  write("tokens before the current one", (MARGIN.left + width - MARGIN.right) / 2, height - 2, "center", "bottom");
-  if (trained && trained <= end) stroke([[x(trained), MARGIN.top], [x(trained), y(low)]], "--soft", { dash: [2, 4] });
+  write("tokens before the current one", (MARGIN.left + right) / 2, height - 2, "center", "bottom");
 
+  const written = [];
   lines.forEach((line, i) => {
     const points = Array.from(line.values, (value, j) => [x(distances[j]), y(value)]);
-    stroke(points, lineColour(i, lines.length, colour("--accent")), { thickness: 1.75 });
+    const own = lineColour(i, lines.length, colour("--accent"));
+    stroke(points, own, { thickness: 1.75 });
     context.beginPath();
     context.arc(...points[0], 3, 0, 2 * Math.PI);
-    context.fillStyle = lineColour(i, lines.length, colour("--accent"));
+    context.fillStyle = own;
     context.fill();
+    const [endX, endY] = points[points.length - 1];
+    if (labelled && written.every((other) => Math.abs(other - endY) >= LABEL_HEIGHT)) {
+      write(line.label, endX + 6, endY, "left", "middle", own);
+      written.push(endY);
+    }
   });
   if (farthest > 0) {
     stroke([[x(farthest), MARGIN.top], [x(farthest), y(low)]], "--accent", { dash: [4, 4] });
-    const left = x(farthest) > width / 2;
+    const left = labelled || x(farthest) > width / 2;
     write("first token", x(farthest) + (left ? -5 : 5), MARGIN.top, left ? "right" : "left", "top");
   }
 }
@@ -76,9 +83,10 @@ function axisEnd(farthest) {
   return end;
 }
 
-function bounds(lines, level) {
-  let low = level;
-  let high = level;
+/** Of all values and 0, with some room. */
+function bounds(lines) {
+  let low = 0;
+  let high = 0;
   for (const { values } of lines) {
     for (const value of values) {
       if (Number.isFinite(value)) [low, high] = [Math.min(low, value), Math.max(high, value)];

@@ -97,19 +97,26 @@ export class Model {
   }
 }
 
+/** Of onnxruntime-web: the module for a backend, and the build of WebAssembly it is for. */
+const BUILDS = {
+  wasm: ["ort.wasm.min.mjs", "ort-wasm-simd-threaded"],
+  webgpu: ["ort.min.mjs", "ort-wasm-simd-threaded.jsep"],
+};
+const MOST_THREADS = 8;
+
 /**
- * onnxruntime-web for a backend: the smaller and quicker build where WebGPU is not asked for.
+ * onnxruntime-web for a backend. Threads need a page that is isolated from other origins, by headers of its server.
  *
  * @param {"wasm"|"webgpu"} backend
  * @returns {Promise<any>}
  */
 export async function loadRuntime(backend) {
   const folder = new URL("vendor/onnxruntime-web/", import.meta.url);
-  const ort = await import(new URL(`ort.${backend}.min.mjs`, folder).href);
-  const build = backend === "webgpu" ? "ort-wasm-simd-threaded.asyncify" : "ort-wasm-simd-threaded";
+  const [module, build] = BUILDS[backend];
+  const ort = await import(new URL(module, folder).href);
   const [mjs, wasm] = ["mjs", "wasm"].map((kind) => new URL(`${build}.${kind}`, folder).href);
   ort.env.wasm.wasmPaths = { mjs, wasm };
-  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
+  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
   ort.env.logLevel = "error";
   return ort;
 }

@@ -20,8 +20,8 @@ const handlers = {
   ready({ seconds, threads }) {
     at("progress").hidden = true;
     const backend = form.elements.backend.value === "webgpu" ? "WebGPU" : "WASM";
-    const with_ = backend === "WASM" ? `, ${threads} thread${threads > 1 ? "s" : ""}` : "";
-    at("status").textContent = `Ready on ${backend}${with_}, loaded in ${seconds.toFixed(1)} s`;
+    const threaded = backend === "WASM" ? `, ${threads} thread${threads > 1 ? "s" : ""}` : "";
+    at("status").textContent = `Ready on ${backend}${threaded}, loaded in ${seconds.toFixed(1)} s`;
     state.ready = true;
     showButtons();
   },
@@ -135,8 +135,7 @@ function showButtons() {
 }
 
 function showPicture() {
-  const { encoding, decoder } = state.site;
-  const { picture } = encoding;
+  const { picture } = state.site.encoding;
   const groups = state.picture?.groups ?? [];
   const select = at("group");
   if (select.options.length !== groups.length) {
@@ -146,10 +145,7 @@ function showPicture() {
   at("chart").hidden = !picture.curves;
   at("caption").textContent = captionOf(picture, state.picture);
   const group = groups[select.selectedIndex] ?? groups[0];
-  if (group) {
-    const trained = decoder.trained_length;
-    drawChart(at("chart"), state.picture.distances, group.lines, { trained });
-  }
+  if (group) drawChart(at("chart"), state.picture.distances, group.lines);
 }
 
 function aboutOf(decoder) {

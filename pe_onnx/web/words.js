@@ -13,7 +13,8 @@ const MEANING = {
  */
 export function captionOf(picture, seen) {
   if (picture.kind === "none") {
-    return "No positional encoding: scores do not depend on the distance. Order is known from the causal mask alone, under which a token of equal scores gives each of its n predecessors, itself included, 1/n.";
+    const mask = "Order is known from the causal mask alone: with equal scores each of n tokens seen gets 1/n";
+    return `No positional encoding: scores do not depend on the distance. ${mask}.`;
   }
   if (picture.kind === "unknown") return `No picture: ${picture.reason}.`;
   const where = seen ? `, seen from position ${seen.position}` : "";
