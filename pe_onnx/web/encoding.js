@@ -1,6 +1,7 @@
 /** The encoding's own part of the decoder's graph, run beside it: what attention sees of positions, by distance. */
 
 import { biasRows, layersLabel, rotationProducts, similarities } from "./curves.js";
+import { ERRORS_ONLY } from "./model.js";
 
 const MOST_TOKENS = 384;
 
@@ -18,7 +19,8 @@ export class Encoding {
 
   /** @param {Uint8Array} graph */
   async open(graph) {
-    this.session = await this.ort.InferenceSession.create(graph, { executionProviders: ["wasm"] });
+    const options = { executionProviders: ["wasm"], logSeverityLevel: ERRORS_ONLY };
+    this.session = await this.ort.InferenceSession.create(graph, options);
   }
 
   /**

@@ -9,6 +9,7 @@
  *   cache_dtype: string, path_dependent: boolean, inputs: string[]}} Decoder */
 
 const CHUNK_TOKENS = 128;
+export const ERRORS_ONLY = 3;
 const ARRAYS = { float32: Float32Array, float16: globalThis.Float16Array ?? Uint16Array, int8: Int8Array };
 
 export class Model {
@@ -33,6 +34,7 @@ export class Model {
     this.session = await this.ort.InferenceSession.create(graph, {
       executionProviders: [this.backend],
       externalData,
+      logSeverityLevel: ERRORS_ONLY,
       ...(this.backend === "webgpu" ? { preferredOutputLocation: { ...location, logits: "cpu" } } : {}),
     });
     this.reset();
@@ -117,6 +119,5 @@ export async function loadRuntime(backend) {
   const [mjs, wasm] = ["mjs", "wasm"].map((kind) => new URL(`${build}.${kind}`, folder).href);
   ort.env.wasm.wasmPaths = { mjs, wasm };
   ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
-  ort.env.logLevel = "error";
   return ort;
 }
