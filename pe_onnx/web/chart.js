@@ -54,7 +54,7 @@ export function drawChart(canvas, distances, lines) {
   }
   write("tokens before the current one", (MARGIN.left + right) / 2, height - 2, "center", "bottom");
 
-  const written = [];
+  const labels = [];
   lines.forEach((line, i) => {
     const points = Array.from(line.values, (value, j) => [x(distances[j]), y(value)]);
     const own = lineColour(i, lines.length, colour("--accent"));
@@ -64,11 +64,9 @@ export function drawChart(canvas, distances, lines) {
     context.fillStyle = own;
     context.fill();
     const [endX, endY] = points[points.length - 1];
-    if (labelled && written.every((other) => Math.abs(other - endY) >= LABEL_HEIGHT)) {
-      write(line.label, endX + 6, endY, "left", "middle", own);
-      written.push(endY);
-    }
+    labels.push({ text: line.label, x: endX + 6, y: endY, own });
   });
+  if (labelled) for (const { text, x, y, own } of apart(labels)) write(text, x, y, "left", "middle", own);
   if (farthest > 0) {
     stroke([[x(farthest), MARGIN.top], [x(farthest), y(low)]], "--accent", { dash: [4, 4] });
     const left = labelled || x(farthest) > width / 2;
@@ -104,6 +102,15 @@ function ticks(low, high) {
   const first = Math.ceil(low / step);
   const count = Math.floor(high / step) - first + 1;
   return Array.from({ length: count }, (_, i) => (first + i) * step);
+}
+
+/** Labels from top to bottom, each low enough not to cover the one above. */
+function apart(labels) {
+  const sorted = labels.sort((a, b) => a.y - b.y);
+  sorted.forEach((label, i) => {
+    if (i) label.y = Math.max(label.y, sorted[i - 1].y + LABEL_HEIGHT);
+  });
+  return sorted;
 }
 
 function shown(value) {

@@ -6,7 +6,7 @@ import { captionOf, parametersOf } from "./words.js";
 
 const at = (id) => document.getElementById(id);
 const form = at("form");
-const state = { site: null, worker: null, ready: false, running: false, picture: null, prompt: null };
+const state = { site: null, worker: null, ready: false, running: false, picture: null };
 
 const handlers = {
   progress({ loaded, total }) {
@@ -29,10 +29,9 @@ const handlers = {
     state.picture = picture;
     showPicture();
   },
-  prefill({ done, total, ms }) {
+  prefill({ done, ms }) {
     at("prefill-rate").textContent = rate(done, ms);
     at("used").textContent = used(done);
-    state.prompt = total;
   },
   token({ piece, new: count, used: total, decodedMs }) {
     append(piece);

@@ -76,7 +76,7 @@ async function run({ prompt, chat, maxNewTokens, ...options }) {
   model.reset();
   const begin = performance.now();
   let logits = await model.prefill(ids, async (done) => {
-    postMessage({ type: "prefill", done, total: ids.length, ms: performance.now() - begin });
+    postMessage({ type: "prefill", done, ms: performance.now() - begin });
     return heard();
   });
   const decoding = performance.now();
