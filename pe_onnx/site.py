@@ -70,9 +70,12 @@ def write_site(
     """Write the page for a bundle to the folder ``output`` and return its record.
 
     title: shown on the page; default the name of what the bundle was made from. npm_folder: npm packages installed
-    there; nothing is fetched then. force: replace a site. Raises ConfigError for a bundle that no browser runs, before
-    anything is fetched, and what ``npm_packages.copy_package`` and ``write_bundle`` raise.
+    there; nothing is fetched then. force: replace a site. Raises, before anything is fetched, ConfigError for a bundle
+    that no browser runs and MissingDependencyError without onnx-ir; and what ``npm_packages.copy_package`` and
+    ``write_bundle`` raise.
     """
+    with needs("a page for a browser", "'pe-onnx[export]'"):
+        import onnx_ir  # noqa: F401  before anything is fetched
     made = read_bundle(bundle)
     check_bundle(made)
     _check_output(Path(output), force)
@@ -176,10 +179,9 @@ def _record(bundle: Bundle, title: str | None, folder: Path) -> dict[str, Any]:
 
 def _copy_decoder(bundle: Bundle, place: Path) -> str:
     """Graph and weights; the graph's name."""
-    with needs("a page for a browser", "'pe-onnx[export]'"):
-        import onnx_ir as ir
+    import onnx_ir as ir
 
-        from pe_onnx.passes.unpacked_products import UnpackedProducts
+    from pe_onnx.passes.unpacked_products import UnpackedProducts
 
     if WEIGHTS in bundle.manifest["files"]:
         shutil.copyfile(bundle.folder / WEIGHTS, place / WEIGHTS)
