@@ -23,6 +23,11 @@ const loaded = async () => {
 page.setDefaultTimeout(asked.timeout_ms);
 await page.goto(asked.url);
 seen.error = await loaded();
+await page.evaluate(() => {
+  const answer = document.querySelector("#answer");
+  globalThis.lengths = [];
+  new MutationObserver(() => globalThis.lengths.push(answer.textContent.length)).observe(answer, { childList: true });
+});
 if (asked.backend === "webgpu") {
   if (await page.isDisabled("input[value=webgpu]")) seen.unavailable = await page.textContent("#webgpu-note");
   else {
@@ -34,21 +39,20 @@ for (const run of seen.error || seen.unavailable ? [] : asked.runs) {
   if (run.chat !== undefined) await page.setChecked("#chat", run.chat);
   await page.fill("#prompt", run.prompt);
   await page.fill("#max-new-tokens", String(run.tokens));
+  await page.evaluate(() => (globalThis.lengths.length = 0));
   await page.focus("#prompt");
   await page.keyboard.press("Control+Enter");
-  const lengths = new Set();
   for (;;) {
     const [length, tokens, failed] = await page.evaluate(() => {
       const answer = document.querySelector("#answer");
       return [answer.textContent.length, answer.dataset.tokens, !document.querySelector("#error").hidden];
     });
-    lengths.add(length);
     if (run.stop && length > 0) await page.click("#stop", { timeout: 1000 }).catch(() => {});
     if (tokens !== undefined || failed) break;
     await page.waitForTimeout(5);
   }
   seen.runs.push({
-    lengths: [...lengths],
+    lengths: await page.evaluate(() => [...new Set(globalThis.lengths)]),
     text: await page.textContent("#answer"),
     tokens: ((await page.getAttribute("#answer", "data-tokens")) ?? "").split(",").filter(Boolean).map(Number),
     reason: await page.textContent("#reason"),
