@@ -47,7 +47,7 @@ for (const run of seen.error || seen.unavailable ? [] : asked.runs) {
       const answer = document.querySelector("#answer");
       return [answer.textContent.length, answer.dataset.tokens, !document.querySelector("#error").hidden];
     });
-    if (run.stop && length > 0) await page.click("#stop", { timeout: 1000 }).catch(() => {});
+    if (run.stop && length > 0) await page.click("#stop", { force: true, timeout: 1000 }).catch(() => {});
     if (tokens !== undefined || failed) break;
     await page.waitForTimeout(5);
   }

@@ -6,7 +6,7 @@ import { captionOf, parametersOf } from "./words.js";
 
 const at = (id) => document.getElementById(id);
 const form = at("form");
-const state = { site: null, worker: null, ready: false, running: false, picture: null };
+const state = { site: null, worker: null, ready: false, running: false, picture: null, waiting: null };
 
 const handlers = {
   progress({ loaded, total }) {
@@ -33,12 +33,12 @@ const handlers = {
     at("prefill-rate").textContent = rate(done, ms);
     at("used").textContent = used(done);
   },
-  token({ piece, new: count, used: total, decodedMs }) {
-    append(piece);
-    at("decode-rate").textContent = rate(count - 1, decodedMs);
-    at("used").textContent = used(total);
+  token(token) {
+    if (!state.waiting) requestAnimationFrame(showTokens);
+    state.waiting = { ...token, piece: (state.waiting?.piece ?? "") + token.piece };
   },
   done({ reason, piece, tokens }) {
+    showTokens();
     append(piece);
     at("reason").textContent = reason;
     at("answer").dataset.tokens = tokens.join();
@@ -85,7 +85,7 @@ async function offerWebGpu(refusal) {
 /** A worker of its own for each backend: what the old one held is given back. */
 function load() {
   state.worker?.terminate();
-  Object.assign(state, { ready: false, running: false });
+  Object.assign(state, { ready: false, running: false, waiting: null });
   at("error").hidden = true;
   at("loading").hidden = at("progress").hidden = false;
   at("progress").value = 0;
@@ -119,6 +119,16 @@ function run(event) {
 function finish() {
   state.running = false;
   showButtons();
+}
+
+/** What came since the last frame: a quick model makes more tokens than a screen shows. */
+function showTokens() {
+  if (!state.waiting) return;
+  const { piece, new: count, used: total, decodedMs } = state.waiting;
+  state.waiting = null;
+  append(piece);
+  at("decode-rate").textContent = rate(count - 1, decodedMs);
+  at("used").textContent = used(total);
 }
 
 function append(piece) {
