@@ -1,4 +1,4 @@
-"""What a server gives to 1, 4, 16 and 64 clients at once, and what it costs beside ``generate`` in the same process.
+"""What a server gives to 1, 4, 16 and 64 clients at once, and what it costs beside ``generate``.
 
 Each client asks for greedy answers of a fixed length to prompts that no other has, one after the other, over HTTP and
 without streaming, then with it. Contestants take turns, medians over rounds. The single client is measured against
@@ -10,7 +10,9 @@ without streaming, then with it. Contestants take turns, medians over rounds. Th
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import random
 import re
 import statistics
@@ -34,6 +36,8 @@ from pe_onnx.machine import describe_machine, versions
 PROMPT_CHARACTERS, NEW_TOKENS = 24, 64
 OVERHEAD_TOKENS = 256
 OVERHEAD_PAIRS = 12
+MOST_REUSED = 0.05
+"""Of prompts' tokens: texts drawn at random begin alike now and then."""
 
 
 @contextmanager
@@ -41,8 +45,9 @@ def served(bundle: Path, slots: int) -> Iterator[str]:
     """The address of a ``pe-onnx serve`` in a process of its own."""
     code = "from pe_onnx.cli import main; main()"
     options = ("--port", "0", "--slots", str(slots), "--max-length", "1024", "--name", "m", "--max-queue", "256")
+    environment = {key: value for key, value in os.environ.items() if key != "PE_ONNX_API_KEY"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", str(bundle), *options], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "serve", str(bundle), *options], stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stderr is not None
     try:
@@ -91,6 +96,16 @@ async def load(address: str, clients: int, requests: int, seed: int, stream: boo
         "first_token_s": statistics.median(first_s),
         "request_s": statistics.median(whole_s),
     }
+
+
+def reused_share(address: str) -> float:
+    """Of all prompt tokens those that a slot held already."""
+    text = httpx2.get(f"{address}/metrics").text
+    reused, prompts = (
+        float(re.findall(rf"^pe_onnx_{name}_tokens_total (\S+)$", text, re.MULTILINE)[0])
+        for name in ("reused", "prompt")
+    )
+    return reused / prompts
 
 
 def overhead(address: str, model: Any) -> dict[str, float]:
@@ -147,14 +162,18 @@ def main(
             pe_onnx.export(encoding="rope", preset="small", config=config, output=bundle)
         counts = [int(part) for part in clients.split(",")]
         measured: dict[int, dict[str, list[dict[str, float]]]] = {n: {"whole": [], "stream": []} for n in counts}
+        seeds = itertools.count()
         with served(bundle, slots) as address:
             asyncio.run(load(address, max(counts), 1, 99, False))  # slots and bindings are made
             for round_number in range(rounds):
                 for n in counts:
                     for kind, found in measured[n].items():
                         few = max(requests, 12 // n)
-                        found.append(asyncio.run(load(address, n, few, 10 * round_number + n, kind == "stream")))
+                        found.append(asyncio.run(load(address, n, few, next(seeds), kind == "stream")))
                         click.echo(f"{n} clients, {kind}: {found[-1]['tokens_per_s']:.0f} tokens/s", err=True)
+            held = reused_share(address)
+            if held > MOST_REUSED:
+                raise SystemExit(f"{held:.0%} of the prompts' tokens were held from others")
             beside = overhead(address, pe_onnx.load(bundle))
     result: dict[str, Any] = {
         "machine": describe_machine(),

@@ -120,13 +120,15 @@ class Tables:
         with needs("the angles of a rotation", "'pe-onnx[export]'"):
             import onnx_ir as ir
 
+            from pe_onnx import external_weights
+
         self.bundle = bundle
-        model = ir.load(bundle.model)
-        self.rotations = list(_rotations(model.graph))
+        model = external_weights.load(bundle.model)
+        self.rotations = list(rotations(model.graph))
         if not self.rotations:
             return
         self.exposed = list(dict.fromkeys(v for r in self.rotations for v in (r.cos, r.sin, r.angle) if v is not None))
-        self.inputs = _cut(model, self.exposed)
+        self.inputs = cut(model, self.exposed)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -222,7 +224,7 @@ def _shown(ulps: float) -> str:
     return f"{ulps:.2g}" if ulps < 10 else f"{ulps:,.0f}"
 
 
-def _cut(model: ir.Model, exposed: Sequence[ir.Value]) -> list[str]:
+def cut(model: ir.Model, exposed: Sequence[ir.Value]) -> list[str]:
     """Leave of a model what makes some values, its outputs; the names of the inputs that takes."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
@@ -244,7 +246,7 @@ def _cut(model: ir.Model, exposed: Sequence[ir.Value]) -> list[str]:
     return [str(value.name) for value in graph.inputs]
 
 
-def _rotations(graph: ir.Graph) -> Iterator[Rotation]:
+def rotations(graph: ir.Graph) -> Iterator[Rotation]:
     """Every pair of tables that turns queries or keys."""
     readers: dict[tuple[ir.Value | None, ...], list[ir.Node]] = {}
     for node in graph:

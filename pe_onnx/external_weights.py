@@ -37,3 +37,19 @@ def readable(tensor: Any) -> Any:
         name=tensor.name or "",
         base_dir="",
     )
+
+
+def move(model: ir.Model, weights: Path) -> None:
+    """Have a model, which is going to stand beside ``weights``, read what lies in another file from there."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                weights.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name or "",
+                base_dir=weights.parent,
+            )

@@ -14,6 +14,7 @@ import pe_onnx
 LAYERS = [
     ("errors",),
     ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values", "block_quantization"),
+    ("npm_packages",),
     ("intervals", "graph_nodes", "external_weights", "fresh_process", "yardstick_model", "prepared", "cuda_memory"),
     ("attribution", "turns", "providers"),
     ("device_arrays", "doctor"),
@@ -45,6 +46,8 @@ LAYERS = [
     ("bench_tables",),
     ("exposed", "divergence"),
     ("angles", "session_matrix", "rounded_module"),
+    ("encoding_graph",),
+    ("site",),
     ("reference", "parity_modes", "parity_report"),
     ("twin",),
     ("replay", "blame"),

@@ -83,6 +83,12 @@ def test_a_byte_bundle_needs_no_tokenizer_package(bundles: Bundles) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_web_names_the_extra(bundles: Bundles, tmp_path: Path) -> None:
+    bundle = bundles("rope", "ort", preset="tiny")
+    refused(without({"onnx_ir"}, MAIN, "web", bundle, "-o", tmp_path / "site"), 2, "onnx_ir", "'pe-onnx[export]'")
+    assert not (tmp_path / "site").exists()
+
+
 @pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript", "onnx_ir"])
 def test_export_names_the_extra(package: str, tmp_path: Path) -> None:
     result = without({package}, MAIN, "export", "--encoding", "rope", "-o", tmp_path / "bundle")

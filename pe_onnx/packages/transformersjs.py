@@ -73,21 +73,12 @@ class Transformersjs(Package):
             return
         with needs("renaming a graph's weights", "'pe-onnx[export]'"):
             import onnx_ir as ir
+
+            from pe_onnx import external_weights
         weights = target.with_name(f"{target.name}_data")
         self.place(bundle.folder / WEIGHTS, weights)
         model = ir.load(bundle.folder / MODEL)
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.ExternalTensor(
-                    weights.name,
-                    tensor.offset,
-                    tensor.length,
-                    tensor.dtype,
-                    shape=tensor.shape,
-                    name=tensor.name or "",
-                    base_dir=target.parent,
-                )
+        external_weights.move(model, weights)
         ir.save(model, target)
 
     def loading(self, folder: Path) -> str:
