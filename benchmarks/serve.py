@@ -165,7 +165,7 @@ def main(
         seeds = itertools.count()
         with served(bundle, slots) as address:
             asyncio.run(load(address, max(counts), 1, 99, False))  # slots and bindings are made
-            for round_number in range(rounds):
+            for _ in range(rounds):
                 for n in counts:
                     for kind, found in measured[n].items():
                         few = max(requests, 12 // n)

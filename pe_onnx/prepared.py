@@ -58,8 +58,16 @@ def settled(states: list[State], now_ns: int) -> bool:
     return all(now_ns - max(one[1], one[2]) > SETTLED_NS for one in states)
 
 
+def folder_of(bundle: Path) -> Path | None:
+    """Where it is kept; None for a link, which may lead anywhere."""
+    folder = bundle / FOLDER
+    return None if folder.is_symlink() else folder
+
+
 def checked_files(bundle: Path) -> dict[str, Any]:
     """Name to ``[sha256, *state]`` of the files that had this checksum in this state."""
+    if folder_of(bundle) is None:
+        return {}
     try:
         known = json.loads((bundle / FOLDER / CHECKED).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -81,7 +89,9 @@ def remember_checked(bundle: Path, files: Mapping[str, tuple[str, State]]) -> No
 
 def scratch(bundle: Path) -> Path | None:
     """An empty file to write to and rename; None where the folder cannot be written. What killed runs left goes."""
-    folder = bundle / FOLDER
+    folder = folder_of(bundle)
+    if folder is None:
+        return None
     try:
         folder.mkdir(exist_ok=True)
         with suppress(OSError):

@@ -35,6 +35,8 @@ class Tokenizer(ABC):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._template: Any = None
+        """The chat template, once it was read."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; ``add_special_tokens`` adds those that the tokenizer puts around it (BOS).
@@ -124,7 +126,9 @@ class Tokenizer(ABC):
         variables |= {"tools": None, "documents": None, **self.special_tokens}
         environment = _chat_environment()
         try:
-            return environment.from_string(self.chat_template).render(variables)
+            if self._template is None:
+                self._template = environment.from_string(self.chat_template)
+            return str(self._template.render(variables))
         except Exception as error:  # the template is the checkpoint's program: it can raise anything
             reason = " ".join(str(error).split())
             raise InputError(f"the chat template fails: {type(error).__name__}: {reason}") from error

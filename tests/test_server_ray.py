@@ -167,6 +167,7 @@ def test_the_command(python: Path, two: list[Path], tmp_path: Path) -> None:
     )
     assert "PE_ONNX_API_KEY" in wrote.stderr, wrote.stderr
     assert "s3cret" not in config.read_text()
+    assert "needs_key: true" in config.read_text()
     read = (
         "import sys, yaml\n"
         "from pe_onnx.server.replicas import build\n"

@@ -108,9 +108,11 @@ def _replicate(
     from pe_onnx.bundle import read_bundle
     from pe_onnx.report_files import check_writable, write_report
     from pe_onnx.server import replicas as deployment
+    from pe_onnx.server.inside import check_inside
 
     most = int(found[2]) if found[2] else None
     placement = deployment.Placement(int(found[1]), most, provider, max(threads, 1), grace)
+    check_inside(bundle)
     read_bundle(bundle)
     if config is None:
         deployment.run(bundle, options, placement, host, port)

@@ -5,6 +5,8 @@
 ``engine``     the thread that takes steps, and hands tokens to whoever asked
 ``protocol``   what a request may say; ``asking`` makes of it what the scheduler runs
 ``answers``    what OpenAI's clients read
-``app``        the application: routes, limits, errors; ``sending`` streams, and notices clients that leave
+``app``        the application: routes and errors; ``guard`` has the key and the limits of every request, ``sending``
+               streams and notices clients that leave
+``running``    from a folder to a server that listens, and ends
 ``replicas``   the same application in Ray Serve
 """

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from pe_onnx.server.choices import Choice, Piece
+from pe_onnx.server.choices import Choice, Piece, first_of_each_prompt
 from pe_onnx.server.scheduler import Likelihoods
 from pe_onnx.tokenizer import Tokenizer
 
@@ -145,12 +145,12 @@ class ChatAnswers(Answers):
 
 def usage(choices: Sequence[Choice]) -> Json:
     """Tokens of a request; prompts count once, however many answers they have."""
-    prompts = {id(choice.work.prompt): choice.work for choice in choices}
-    prompt_tokens = sum(len(work.prompt) for work in prompts.values())
+    prompts = first_of_each_prompt(choices)
+    prompt_tokens = sum(len(work.prompt) for work in prompts)
     new = sum(len(choice.tokens) for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new,
         "total_tokens": prompt_tokens + new,
-        "prompt_tokens_details": {"cached_tokens": sum(work.reused_tokens for work in prompts.values())},
+        "prompt_tokens_details": {"cached_tokens": sum(work.reused_tokens for work in prompts)},
     }

@@ -8,6 +8,8 @@ queue is full, 503 while the server stops, 504 for a request out of time.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -15,14 +17,14 @@ from functools import partial
 from typing import Any
 
 from pe_onnx import __version__
-from pe_onnx.errors import InputError, PeOnnxError, needs
+from pe_onnx.errors import ConfigError, InputError, PeOnnxError, needs
 from pe_onnx.generate import Model
 from pe_onnx.server.answers import Answers, ChatAnswers, CompletionAnswers
 from pe_onnx.server.asking import Asking, ParameterError
 from pe_onnx.server.choices import Choice
-from pe_onnx.server.engine import ClosedError, Engine, QueueFullError
+from pe_onnx.server.engine import CLOSED, ClosedError, Engine, QueueFullError
 from pe_onnx.server.fitting import slot_length
-from pe_onnx.server.inside import check_inside
+from pe_onnx.server.invalid import explained
 from pe_onnx.server.options import ServerOptions
 from pe_onnx.server.protocol import (
     ChatAnswer,
@@ -45,7 +47,9 @@ with needs("serve", "'pe-onnx[serve]'"):
 
 from pe_onnx.server.guard import Guard, error_answer
 from pe_onnx.server.metrics import Metrics
-from pe_onnx.server.sending import ClientLeftError, Crossing, EventStream, failed, unless_left
+from pe_onnx.server.sending import NO_ANSWER, ClientLeftError, Crossing, EventStream, failed, unless_left
+
+log = logging.getLogger("pe_onnx.server")
 
 THREAD_CHARACTERS = 4096
 """A body longer than this is tokenized in a thread, so that streams go on meanwhile."""
@@ -59,10 +63,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def create_app(model: Model, options: ServerOptions) -> FastAPI:
     """The application over an open bundle; its lifespan starts and ends the engine.
 
-    Raises ConfigError for a bundle that cannot be served, or slots that do not fit the memory, BundleError for one with
-    files that lie elsewhere.
+    Raises ConfigError for a bundle that cannot be served, or slots that do not fit the memory. ``check_inside`` belongs
+    before the bundle is opened.
     """
-    check_inside(model.bundle)
     engine = Engine(Slots(model.session, options.slots, slot_length(model, options)), options.max_queue)
     return Application(model, engine, options).app
 
@@ -175,8 +178,8 @@ class Application:
 
     async def _observed(self, pieces: AsyncIterator[Any], choices: list[Choice], begun: float) -> None:
         first = True
-        async for _ in pieces:
-            if first:
+        async for choice, _ in pieces:
+            if first and choice.tokens:
                 self.metrics.first_token_s.observe(time.monotonic() - begun)
                 first = False
         self.metrics.ended(choices, begun)
@@ -191,11 +194,12 @@ class Application:
                 if (opening := answers.opening(choice)) is not None:
                     yield opening
             async for choice, piece in pieces:
-                if first:
+                if first and choice.tokens:
                     self.metrics.first_token_s.observe(time.monotonic() - begun)
                     first = False
-                if piece.finish in ("timeout", "error"):
-                    yield {"error": _explained(choice)[1]}
+                if piece.finish in NO_ANSWER:
+                    self.metrics.ended(choices, begun)
+                    yield json.loads(bytes(_without_answer(choice).body))
                     return
                 if piece.text or piece.likelihoods or piece.finish:
                     yield answers.chunk(choice, piece)
@@ -205,29 +209,21 @@ class Application:
         yield None
 
 
-def _explained(choice: Choice) -> tuple[int, dict[str, Any]]:
-    """Status and error of a choice without an answer."""
+def _without_answer(choice: Choice) -> Response:
+    """Of a choice that ended otherwise. OpenAI's clients would ask for all of it again, unless told not to."""
+    if choice.finish == "closed":
+        return error_answer(503, CLOSED, "server_error", headers={"retry-after": "1"})
+    once = {"x-should-retry": "false"}
     if choice.finish == "timeout":
         message = f"out of time after {len(choice.tokens)} tokens"
-        return 504, {"message": message, "type": "timeout_error", "param": None, "code": "timeout"}
-    return 500, {"message": choice.message, "type": "server_error", "param": None, "code": None}
-
-
-def _without_answer(choice: Choice) -> Response:
-    status, error = _explained(choice)
-    return JSONResponse({"error": error}, status)
+        return error_answer(504, message, "timeout_error", code="timeout", headers=once)
+    log.error("a request failed: %s", choice.message)
+    return error_answer(500, "the model failed; see the server's log", "server_error", headers=once)
 
 
 async def _invalid(request: Request, error: Any) -> Response:
     """The first thing that is wrong with a body, without what it held."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
-    if first["type"] == "extra_forbidden":
-        message = "is not supported here; leave it out"
-    elif first["type"] == "json_invalid":
-        place, message = "", f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-    else:
-        message = first["msg"]
+    place, message = explained(error.errors())
     return error_answer(400, f"{place}: {message}" if place else message, param=place or None)
 
 
@@ -242,8 +238,9 @@ async def _refused(request: Request, error: Any) -> Response:
         return error_answer(429, str(error), "rate_limit_error", code="queue_full", headers=headers)
     if isinstance(error, ClosedError):
         return error_answer(503, str(error), "server_error", headers={"retry-after": "1"})
-    if error.exit_code == 1 and not isinstance(error, InputError):
-        return error_answer(500, str(error), "server_error")
+    if not isinstance(error, InputError | ConfigError):
+        log.error("a request failed: %s", error)
+        return error_answer(500, "the server failed; see its log", "server_error")
     return error_answer(400, str(error), param=getattr(error, "param", None))
 
 

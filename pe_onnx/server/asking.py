@@ -10,7 +10,7 @@ from pe_onnx.errors import InputError
 from pe_onnx.sampling import Sampler, SamplingOptions
 from pe_onnx.server.choices import Choice
 from pe_onnx.server.options import ServerOptions
-from pe_onnx.server.protocol import Asked, ChatRequest, CompletionRequest
+from pe_onnx.server.protocol import INT64, Asked, ChatRequest, CompletionRequest
 from pe_onnx.server.scheduler import Work
 from pe_onnx.tokenizer import TextStream, Tokenizer
 
@@ -46,7 +46,8 @@ class Asking:
         if request.echo and request.logprobs is not None:
             raise ParameterError("echo", "with logprobs is not supported: the prompt's logits are not kept")
         tokens = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
-        wanted = request.max_tokens or DEFAULT_COMPLETION_TOKENS
+        limit = self.options.max_new_tokens or DEFAULT_COMPLETION_TOKENS
+        wanted = request.max_tokens or min(DEFAULT_COMPLETION_TOKENS, limit)
         echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if request.echo else None
         return self._choices(request, "prompt", tokens, wanted, request.logprobs, echoes)
 
@@ -54,6 +55,8 @@ class Asking:
         """One choice, or ``n``."""
         if request.top_logprobs is not None and not request.logprobs:
             raise ParameterError("top_logprobs", "needs logprobs = true")
+        if self.tokenizer.chat_template is None:
+            raise ParameterError("messages", "this model has no chat template; ask /v1/completions")
         text = self.tokenizer.apply_chat_template([message.plain for message in request.messages])
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         top = (request.top_logprobs or 0) if request.logprobs else None
@@ -77,7 +80,8 @@ class Asking:
             self._check_prompt(param, prompt)
         limit = self.options.max_new_tokens
         if wanted is not None and limit is not None and wanted > limit:
-            raise ParameterError("max_tokens", f"{wanted} is more than the {limit} that this server gives")
+            name = "max_completion_tokens" if getattr(request, "max_completion_tokens", None) else "max_tokens"
+            raise ParameterError(name, f"{wanted} is more than the {limit} that this server gives")
         temperature = request.temperature
         sampler = Sampler(
             SamplingOptions(
@@ -86,7 +90,7 @@ class Asking:
                 top_p=1.0 if request.top_p is None else request.top_p,
                 min_p=request.min_p or 0.0,
                 repetition_penalty=request.repetition_penalty or 1.0,
-                seed=request.seed,
+                seed=None if request.seed is None else request.seed % (INT64 + 1),
             ),
             len(prompts) * n,
         )

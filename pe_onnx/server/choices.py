@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,9 +31,9 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     likelihoods: list[tuple[int, Likelihoods]] = field(default_factory=list)
     finish: str | None = None
-    """``stop`` or ``length``; ``timeout`` and ``error`` are no answers."""
+    """``stop`` or ``length``; ``timeout``, ``error`` and ``closed`` are no answers."""
     message: str | None = None
-    """Of an error."""
+    """Why there is none, for the log."""
 
     @property
     def text(self) -> str:
@@ -58,3 +59,11 @@ class Choice:
                 self.finish = "stop"
         self.likelihoods += likelihoods
         return Piece(text, likelihoods, self.finish)
+
+
+def first_of_each_prompt(choices: Sequence[Choice]) -> list[Work]:
+    """Of the answers to a prompt the first, which ran it; the others took over what it had computed."""
+    first: dict[int, Work] = {}
+    for choice in choices:
+        first.setdefault(id(choice.work.prompt), choice.work)
+    return list(first.values())

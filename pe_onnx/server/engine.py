@@ -17,16 +17,17 @@ Publish = Callable[[list[tuple[Work, Event]]], None]
 
 log = logging.getLogger("pe_onnx.server")
 
+CLOSED = "the server is shutting down"
 LONGEST_WAIT_S = 60
 AVERAGED = 0.1
 """Weight of the newest request in the average of how long requests take."""
 
 
 class QueueFullError(PeOnnxError):
-    """More requests than wait at most. ``retry_after_s``: when some of them will have ended, at today's pace."""
+    """More requests than may wait. ``retry_after_s``: when some of them will have ended, at today's pace."""
 
-    def __init__(self, waiting: int, retry_after_s: int) -> None:
-        super().__init__(f"{waiting} requests wait already, which is the most; try again in {retry_after_s} s")
+    def __init__(self, waiting: int, most: int, retry_after_s: int) -> None:
+        super().__init__(f"{waiting} answers would wait, and at most {most} may; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -78,11 +79,12 @@ class Engine:
         """Take all of some requests, or none. Raises QueueFullError and ClosedError."""
         with self._wake:
             if not self.alive:
-                raise ClosedError("the server is shutting down")
+                raise ClosedError(CLOSED)
             if len(self._in_flight) + len(works) > self.slots.batch_size + self.max_queue:
                 rounds = len(self._in_flight) / self.slots.batch_size
                 wait_s = min(max(math.ceil(self._average_s * rounds), 1), LONGEST_WAIT_S)
-                raise QueueFullError(len(self._in_flight) - self.scheduler.running, wait_s)
+                waiting = len(self._in_flight) + len(works) - self.slots.batch_size
+                raise QueueFullError(waiting, self.max_queue, wait_s)
             self._in_flight |= dict.fromkeys(works, time.monotonic())
             self._inbox.extend(works)
             self._wake.notify()
@@ -101,25 +103,36 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        finally:  # nobody may wait for ever
             with self._wake:
-                while not self._inbox and self.scheduler.idle and not self._closing:
-                    self._wake.wait()
-                for work in self._inbox:
-                    self.scheduler.submit(work)
-                self._inbox.clear()
-            try:
-                if self._closing:
-                    self.scheduler.fail_all("the server is shutting down")
-                else:
-                    self.scheduler.step()
-                    self.steps += 1
-            except Exception:  # of our own making: nobody may wait for ever
-                log.exception("a step failed; its requests end, and the slots are emptied")
-                self.scheduler.fail_all("an internal error; see the server's log")
+                self._closing = True
+                left = list(self._in_flight)
+            self._events = [(work, Event(finish="closed", message=CLOSED)) for work in left]
             self._hand_out()
-            if self._closing:
-                return
+
+    def _turn(self) -> bool:
+        """Take a step, as soon as there is work; False where that was the last one."""
+        with self._wake:
+            while not self._inbox and self.scheduler.idle and not self._closing:
+                self._wake.wait()
+            closing = self._closing
+            for work in self._inbox:
+                self.scheduler.submit(work)
+            self._inbox.clear()
+        if closing:
+            self.scheduler.end_all(Event(finish="closed", message=CLOSED))
+        else:
+            try:
+                self.scheduler.step()
+            except Exception:  # of our own making
+                log.exception("a step failed; its requests end, and the slots are emptied")
+                self.scheduler.end_all(Event(finish="error", message="a step failed"))
+            self.steps += 1
+        self._hand_out()
+        return not closing
 
     def _hand_out(self) -> None:
         events, self._events = self._events, []

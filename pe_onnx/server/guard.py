@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ with needs("serve", "'pe-onnx[serve]'"):
 if TYPE_CHECKING:
     from pe_onnx.server.metrics import Metrics
 
+SLACK_S = 5.0
+"""Over the time of a request: the engine ends one that runs or waits, and says so."""
 OPEN = ("/health",)
 """Routes without a key, for whoever watches the server."""
 KNOWN = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
@@ -52,10 +55,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
-                route = scope["path"] if scope["path"] in KNOWN else "other"
-                self.metrics.requests.labels(route, str(message["status"])).inc()
+                begun = True
+                self._count(scope, message["status"])
             await send(message)
 
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -63,13 +69,27 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, counted)
             return
-        await self.app(scope, self._limited(receive), counted)
+        try:
+            async with asyncio.timeout(self.options.timeout_s + SLACK_S):
+                await self.app(scope, self._limited(receive), counted)
+        except TimeoutError:  # a body that does not come, or a reader that does not read
+            if not begun:
+                await error_answer(408, "the request did not come in time", "timeout_error")(scope, receive, counted)
+        except Exception:
+            if not begun:  # what lies around this one answers
+                self._count(scope, 500)
+            raise
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route = scope["path"] if scope["path"] in KNOWN else "other"
+        self.metrics.requests.labels(route, str(status)).inc()
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> Response | None:
         key = self.options.api_key
         if key is not None and path not in OPEN:
-            given = headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+            if scheme.lower() != "bearer" or not right:
                 message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
                 headers = {"www-authenticate": "Bearer"}
                 return error_answer(401, message, "authentication_error", code="invalid_api_key", headers=headers)

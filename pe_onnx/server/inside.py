@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from pe_onnx.bundle import Bundle
+from pathlib import Path
+
 from pe_onnx.errors import BundleError
 
 
-def check_inside(bundle: Bundle) -> None:
-    """Raises BundleError for a file of the bundle that is a link to somewhere else.
+def check_inside(folder: Path) -> None:
+    """Raises BundleError for a link out of the folder, or what is no file: before anything of it is read.
 
     Names with ``..`` are refused where the manifest is read, locations of weights by onnxruntime.
     """
-    folder = bundle.folder.resolve()
-    for path in sorted(bundle.folder.rglob("*")):
-        if not path.resolve().is_relative_to(folder):
-            name = path.relative_to(bundle.folder)
-            raise BundleError(f"bundle {bundle.folder}: {name} is a link out of the folder; serve a copy of the bundle")
+    place = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.resolve().is_relative_to(place):
+            raise BundleError(f"bundle {folder}: {name} is a link out of the folder; serve a copy of the bundle")
+        if not path.is_file() and not path.is_dir():
+            raise BundleError(f"bundle {folder}: {name} is no file")

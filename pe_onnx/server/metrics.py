@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pe_onnx.errors import needs
-from pe_onnx.server.choices import Choice
+from pe_onnx.server.choices import Choice, first_of_each_prompt
 from pe_onnx.server.engine import Engine
 
 with needs("serve", "'pe-onnx[serve]'"):
@@ -42,11 +42,12 @@ class Metrics:
         return generate_latest(self.registry)
 
     def ended(self, choices: list[Choice], begun: float) -> None:
-        """Count a request that was answered; begun: when it came, by ``time.monotonic()``."""
-        for choice in choices:
-            work = choice.work
+        """Count a request that has ended, answered or not; begun: when it came, by ``time.monotonic()``."""
+        for work in first_of_each_prompt(choices):
             self.prompt_tokens.inc(len(work.prompt))
             self.reused_tokens.inc(work.reused_tokens)
+        for choice in choices:
+            work = choice.work
             self.new_tokens.inc(len(choice.tokens))
             if work.begun is not None:
                 self.queue_s.observe(work.begun - begun)

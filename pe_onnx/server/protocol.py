@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pe_onnx.errors import needs
 
 with needs("serve", "'pe-onnx[serve]'"):
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_STOPS = 16
 MOST_CHOICES = 128
@@ -20,7 +20,7 @@ MOST_LIKELY = 20
 INT64 = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=INT64)]
-TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -29,6 +29,14 @@ class Strict(BaseModel):
     """No unknown names, and no strings for numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """null stands for what is left out, of a parameter that is not supported too."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
 
 
 class StreamOptions(Strict):
@@ -49,13 +57,11 @@ class Asked(Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = None
-    seed: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -71,11 +77,7 @@ class Asked(Strict):
 class CompletionRequest(Asked):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text | Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
     echo: bool | None = None

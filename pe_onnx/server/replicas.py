@@ -28,6 +28,9 @@ with needs("serve --ray", "'pe-onnx[serve,ray]'"):
 KEY_VARIABLE = "PE_ONNX_API_KEY"
 APPLICATION = "pe_onnx"
 IMPORT_PATH = f"{__name__}:build"
+PROVIDERS = ("cpu", "cuda")
+UNCOUNTED = 4
+"""Requests that a replica takes beyond its slots, so that /health and /metrics do not wait for answers."""
 BUSY = 0.75
 """Share of a replica's slots that are taken, on average, from which on another replica is started."""
 
@@ -42,10 +45,18 @@ class Placement:
     provider: str = "cpu"
     threads: int = 1
     grace_s: int = 30
+    needs_key: bool = False
+    """A replica without the environment's PE_ONNX_API_KEY does not start."""
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or (self.most_replicas or self.replicas) < self.replicas:
-            raise ConfigError(f"replicas = {self.replicas}-{self.most_replicas} must be N or LEAST-MOST, from 1 on")
+        most = self.replicas if self.most_replicas is None else self.most_replicas
+        if not 1 <= self.replicas <= most:
+            raise ConfigError(f"replicas = {self.replicas}-{most} must be N or LEAST-MOST, from 1 on")
+        if self.provider not in PROVIDERS:
+            accepted = ", ".join(PROVIDERS)
+            raise ConfigError(f"provider = {self.provider!r}: Ray gives replicas their device; accepted: {accepted}")
+        if self.grace_s < 0:
+            raise ConfigError(f"grace_s = {self.grace_s} must be at least 0")
         if self.threads < 1:
             raise ConfigError(f"threads = {self.threads} must be at least 1: what each replica takes of a machine")
 
@@ -83,8 +94,12 @@ def application(folder: Path, options: ServerOptions, placement: Placement) -> s
         """Called in each replica."""
         from pe_onnx.generate import load
         from pe_onnx.server.app import create_app
+        from pe_onnx.server.inside import check_inside
 
         key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+        if placement.needs_key and key is None:
+            raise ConfigError(f"{KEY_VARIABLE} is not set where the replica runs, and the configuration asks for a key")
+        check_inside(folder)
         model = load(folder, placement.provider, placement.threads)
         app = create_app(model, dataclasses.replace(options, api_key=key))
         engines.append(app.state.engine)
@@ -97,14 +112,14 @@ def application(folder: Path, options: ServerOptions, placement: Placement) -> s
             if engines and not engines[-1].alive:
                 raise RuntimeError("the engine has stopped")
 
-    on_gpu = placement.provider.startswith("cuda")
     settings: dict[str, Any] = {
         "name": "Replica",
-        "max_ongoing_requests": options.slots,
+        "max_ongoing_requests": options.slots + UNCOUNTED,
         "max_queued_requests": options.max_queue,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "graceful_shutdown_timeout_s": placement.grace_s,
         "health_check_period_s": 2,
-        "ray_actor_options": {"num_cpus": placement.threads, "num_gpus": int(on_gpu)},
+        "ray_actor_options": {"num_cpus": placement.threads, "num_gpus": int(placement.provider == "cuda")},
     }
     if placement.most_replicas is None:
         settings["num_replicas"] = placement.replicas
@@ -120,7 +135,8 @@ def application(folder: Path, options: ServerOptions, placement: Placement) -> s
 def configuration(folder: Path, options: ServerOptions, placement: Placement, host: str, port: int) -> str:
     """The YAML that ``serve deploy`` and ``serve run`` take. It holds no key."""
     arguments = {"bundle": str(folder.resolve()), **_changed(options), **_changed(placement)}
-    arguments.pop("api_key", None)
+    if arguments.pop("api_key", None):
+        arguments["needs_key"] = True
     document = {
         "http_options": {"host": host, "port": port},
         "applications": [
@@ -131,13 +147,20 @@ def configuration(folder: Path, options: ServerOptions, placement: Placement, ho
 
 
 def run(folder: Path, options: ServerOptions, placement: Placement, host: str, port: int) -> None:
-    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names, and serve until interrupted."""
+    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names, and serve until interrupted.
+
+    host, port: of a Serve that is started; one that runs in the cluster keeps its own.
+    """
+    joined = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(configure_logging=False, include_dashboard=False)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(application(folder, options, placement), name=APPLICATION, route_prefix="/", blocking=True)
+        serve.run(application(folder.resolve(), options, placement), name=APPLICATION, route_prefix="/", blocking=True)
     finally:
-        serve.shutdown()
+        if joined:
+            serve.delete(APPLICATION)  # others' applications go on
+        else:
+            serve.shutdown()
         ray.shutdown()
 
 

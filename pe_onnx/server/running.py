@@ -15,9 +15,13 @@ with needs("serve", "'pe-onnx[serve]'"):
     import uvicorn
 
 from pe_onnx.server.app import create_app
+from pe_onnx.server.inside import check_inside
+from pe_onnx.server.listening import BoundedHeaders, GracefulServer
 
 BACKLOG = 2048
 MAX_PORT = 65535
+MOST_IDLE = 1024
+"""Connections beyond those of requests that run or wait; uvicorn refuses more with 503."""
 
 
 def run(
@@ -35,14 +39,22 @@ def run(
     port: 0 for any. ready: called with the address and the tokens of a slot before requests are taken. Raises what
     ``create_app`` and ``load`` raise, and ConfigError for an address that cannot be had.
     """
+    if grace_s < 0:
+        raise ConfigError(f"grace_s = {grace_s} must be at least 0")
     listening = _listen(host, port)
     with listening:
+        check_inside(folder)
         model = load(folder, provider, threads)
         app = create_app(model, options)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace_s, server_header=False
+            app,
+            http=BoundedHeaders,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=options.slots + options.max_queue + MOST_IDLE,
         )
-        server = uvicorn.Server(config)
+        server = GracefulServer(config, app.state.engine, grace_s)
         bound = listening.getsockname()
         shown = f"[{bound[0]}]" if listening.family == socket.AF_INET6 else bound[0]
         if ready is not None:

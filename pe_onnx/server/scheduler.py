@@ -43,9 +43,9 @@ class Event(NamedTuple):
     token: int | None = None
     likelihoods: Likelihoods | None = None
     finish: str | None = None
-    """``stop`` (an end token, which is ``token``), ``length``, ``timeout`` or ``error``."""
+    """``stop`` (an end token, which is ``token``), ``length``, ``timeout``, ``error`` or ``closed``."""
     message: str | None = None
-    """Of an error."""
+    """Why it has no answer, for the log."""
 
 
 @dataclass(eq=False)
@@ -117,10 +117,10 @@ class Scheduler:
         self._fill()
         self._generate()
 
-    def fail_all(self, message: str) -> None:
-        """End every request, and forget every row."""
+    def end_all(self, event: Event) -> None:
+        """End every request so, and forget every row."""
         for work in [*self.waiting, *(owner for owner in self.owners if owner)]:
-            self._end(work, Event(finish="error", message=message))
+            self._end(work, event)
         self.waiting.clear()
         self.slots.truncate([0] * self.slots.batch_size)
 
@@ -164,7 +164,7 @@ class Scheduler:
         """Give the first that waits a row, with as much of its prompt as some row holds already."""
         if not self.waiting or self.running == len(self.owners):
             return None
-        work = self.waiting.popleft()
+        work = self.waiting[0]
         common = [self.slots.in_common(row, work.prompt) for row in range(len(self.owners))]
         free = [row for row, owner in enumerate(self.owners) if owner is None]
         best = max(range(len(common)), key=lambda row: (common[row], self.owners[row] is None))
@@ -179,6 +179,7 @@ class Scheduler:
             self.slots.copy_beginning(best, row, common[best])
         else:
             self.slots.cut(row, common[row])
+        self.waiting.popleft()
         work.row, self.owners[row] = row, work
         work.reused_tokens = int(self.slots.lengths[row])
         work.begun = time.monotonic()

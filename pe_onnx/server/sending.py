@@ -19,6 +19,7 @@ with needs("serve", "'pe-onnx[serve]'"):
     from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+NO_ANSWER = ("timeout", "error", "closed")
 Queue = asyncio.Queue[tuple[Choice, Event]]
 
 
@@ -155,5 +156,5 @@ class EventStream(Response):
 
 
 def failed(choices: Iterable[Choice]) -> Choice | None:
-    """The first choice that has no answer: it ran out of time, or the model failed."""
-    return next((choice for choice in choices if choice.finish in ("timeout", "error")), None)
+    """The first choice that has no answer: it ran out of time, the model failed, or the server stops."""
+    return next((choice for choice in choices if choice.finish in NO_ANSWER), None)
