@@ -45,6 +45,7 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/t5.py --readme README.md
 	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/tolerance.py
+	$(BIN)/python benchmarks/serve.py --readme README.md
 	$(BIN)/python benchmarks/peers.py --readme README.md
 
 clean:
