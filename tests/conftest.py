@@ -30,7 +30,8 @@ Shared = Callable[[object, Callable[[Path], object]], Path]
 LONG = (
     *("test_sweep", "test_families", "test_t5", "test_parity_encodings", "test_bisection", "test_real_checkpoints"),
     *("test_broken_twins", "test_optimum", "test_config_mutations", "test_parity", "test_rope_scaling", "test_t5_task"),
-    *("test_package_node", "test_package_optimum", "test_triton"),
+    *("test_package_node", "test_package_optimum", "test_triton", "test_web_browser", "test_server_ray"),
+    *("test_server_load", "test_server_api", "test_packages", "test_web", "test_server_scheduler"),
     *("test_bridge", "test_t5_tokenizers", "test_t5_cli", "test_t5_contract", "test_bridge_proof", "test_genai"),
     *("test_families_from_disk", "test_export_proof", "test_encoding_config", "test_session_matrix", "test_bench"),
     *("test_generate", "test_switches", "test_cli_bench", "test_cli_mistakes", "test_cli_generate", "test_properties"),
