@@ -94,7 +94,7 @@ def test_memory_is_flat_over_2000_requests(bundles: Bundles) -> None:
         before = resident_kb(server)
         list(pool.map(lambda prompt: ask(server, prompt, 8, len(prompt) % 2 == 0), prompts[500:]))
         assert resident_kb(server) - before < 4_000
-        assert server.metric("pe_onnx_requests_total") > 2000
+        assert server.metric("pe_onnx_requests_total") >= 2000
 
 
 @pytest.mark.slow
