@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model.onnx"
+MERGED = "decoder_model_merged.onnx"
+"""The decoder of an encoder-decoder once more: under this name optimum looks for one graph of all steps."""
 PROMPT = "prompt.onnx"
 """The decoder of a quantized bundle once more, for many tokens at once, over the same weights."""
 RUNTIME = "runtime.onnx"
@@ -146,7 +148,7 @@ class Bundle:
         (`prepared`): for a bundle whose bytes would take a noticeable time to read.
         """
         files = self.manifest["files"]
-        remembered = remembered and prepared.worth(files)
+        remembered = remembered and prepared.worth(self.folder, files)
         known = prepared.checked_files(self.folder) if remembered else {}
         checked: dict[str, tuple[str, prepared.State]] = {}
         for name, entry in files.items():

@@ -49,3 +49,10 @@ def versions(packages: Iterable[str] = RUNTIME_PACKAGES) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def umask() -> int:
+    """The bits that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pe_onnx import contract
@@ -121,13 +122,15 @@ def make_room(
 
 def _most_tokens(bundle: Bundle, rows: int, left: int, chunk_tokens: int | None) -> int:
     """How many tokens a row may have for its demand to be ``left`` bytes; chunks of all of them for None."""
-    low, high = 0, 1 << 40
+    return most_fitting(lambda n: demand(bundle, rows, n, n, chunk_tokens or n).total <= left, 1 << 40)
+
+
+def most_fitting(fits: Callable[[int], bool], most: int) -> int:
+    """The greatest number up to ``most`` that fits, where all smaller ones do; 0 where none does."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if demand(bundle, rows, middle, middle, chunk_tokens or middle).total <= left:
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 

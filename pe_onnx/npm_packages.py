@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pe_onnx.errors import ConfigError, ExportError, MissingDependencyError, first_line
+from pe_onnx.errors import ConfigError, ExportError, MissingDependencyError, first_line, system_reason
 
 WAIT_S = 900
 
@@ -138,7 +138,7 @@ def _archive(package: Package) -> Path:
                 raise ExportError(f"npm gave a {package.spec} whose SHA-512 is not the known one; see its registry")
             os.replace(made, place)
     except OSError as error:
-        raise ExportError(f"cannot write {cache_folder()}: {os.strerror(error.errno or 0)}") from error
+        raise ExportError(f"cannot write {cache_folder()}: {system_reason(error)}") from error
     return place
 
 

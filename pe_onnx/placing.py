@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pe_onnx.errors import ConfigError, ExportError, system_reason
+from pe_onnx.machine import umask
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def placed(folder: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(p for p in partial.rglob("*") if p.is_file()):
             _sync(path)
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~umask())
         _put_in_place(partial, folder)
     except OSError as error:
         raise ExportError(f"cannot write {folder}: {system_reason(error)}") from error
@@ -126,12 +127,6 @@ def _remove_stale(folder: Path) -> None:
                 os.replace(path, folder)
             else:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _alive(pid: int) -> bool:

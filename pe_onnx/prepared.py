@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pe_onnx.machine import umask
+
 FOLDER = ".prepared"
 SWITCH = "PE_ONNX_PREPARE"
 """Set to 0, this variable of the environment switches it off: nothing is written, nothing found is used."""
@@ -43,9 +45,11 @@ def switched_on() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-def worth(files: Mapping[str, Any]) -> bool:
-    """Whether a bundle with these ``files`` of a manifest is large enough."""
-    return switched_on() and sum(entry["bytes"] for entry in files.values()) >= LEAST_BYTES
+def worth(bundle: Path, files: Mapping[str, Any]) -> bool:
+    """Whether a bundle with these ``files`` of a manifest is large enough; not where the folder is a link, which may
+    lead anywhere."""
+    large = sum(entry["bytes"] for entry in files.values()) >= LEAST_BYTES
+    return switched_on() and large and not (bundle / FOLDER).is_symlink()
 
 
 def state(path: Path) -> State:
@@ -58,16 +62,8 @@ def settled(states: list[State], now_ns: int) -> bool:
     return all(now_ns - max(one[1], one[2]) > SETTLED_NS for one in states)
 
 
-def folder_of(bundle: Path) -> Path | None:
-    """Where it is kept; None for a link, which may lead anywhere."""
-    folder = bundle / FOLDER
-    return None if folder.is_symlink() else folder
-
-
 def checked_files(bundle: Path) -> dict[str, Any]:
     """Name to ``[sha256, *state]`` of the files that had this checksum in this state."""
-    if folder_of(bundle) is None:
-        return {}
     try:
         known = json.loads((bundle / FOLDER / CHECKED).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -89,9 +85,7 @@ def remember_checked(bundle: Path, files: Mapping[str, tuple[str, State]]) -> No
 
 def scratch(bundle: Path) -> Path | None:
     """An empty file to write to and rename; None where the folder cannot be written. What killed runs left goes."""
-    folder = folder_of(bundle)
-    if folder is None:
-        return None
+    folder = bundle / FOLDER
     try:
         folder.mkdir(exist_ok=True)
         with suppress(OSError):
@@ -101,7 +95,7 @@ def scratch(bundle: Path) -> Path | None:
         descriptor, name = tempfile.mkstemp(prefix=PARTIAL, dir=folder)
         os.close(descriptor)
         path = Path(name)
-        path.chmod(0o666 & ~_umask())
+        path.chmod(0o666 & ~umask())
     except OSError:
         return None
     return path
@@ -110,9 +104,3 @@ def scratch(bundle: Path) -> Path | None:
 def remove(path: Path) -> None:
     with suppress(OSError):
         path.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -103,7 +103,7 @@ class PreparedGraph(NamedTuple):
 def prepared_graph(bundle: Bundle, graph: str) -> PreparedGraph | None:
     """The place of a graph; None where preparing is not worth it, or files have only just changed or are missing."""
     files = bundle.manifest["files"]
-    if not prepared.worth(files):
+    if not prepared.worth(bundle.folder, files):
         return None
     try:
         states = {name: prepared.state(bundle.folder / name) for name in files}

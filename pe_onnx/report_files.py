@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pe_onnx.errors import ConfigError, ExportError
+from pe_onnx.errors import ConfigError, ExportError, system_reason
 
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 """GitHub's name of the file that is a job's summary page; what a step wrote to it before stays."""
@@ -27,7 +27,7 @@ def check_writable(path: Path, option: str) -> None:
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be written: {_reason(error)}") from None
+        raise ConfigError(f"{option} {path} cannot be written: {system_reason(error)}") from None
 
 
 def write_report(path: Path, content: str | bytes) -> None:
@@ -56,7 +56,7 @@ def write_report(path: Path, content: str | bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise ExportError(f"cannot write {path}: {_reason(error)}") from error
+        raise ExportError(f"cannot write {path}: {system_reason(error)}") from error
 
 
 def as_bytes(content: str | bytes) -> bytes:
@@ -66,8 +66,3 @@ def as_bytes(content: str | bytes) -> bytes:
 
 def _beside(place: Path) -> Path:
     return place.with_name(f".{place.name[:200]}.partial-{os.getpid()}")
-
-
-def _reason(error: OSError) -> str:
-    """The system's words, without path and number."""
-    return os.strerror(error.errno) if error.errno else str(error)

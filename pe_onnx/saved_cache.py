@@ -23,7 +23,8 @@ import numpy as np
 
 from pe_onnx import contract
 from pe_onnx.bundle import WEIGHTS, Bundle
-from pe_onnx.errors import CacheFileError
+from pe_onnx.errors import CacheFileError, system_reason
+from pe_onnx.machine import umask
 
 Array = np.ndarray[Any, Any]
 
@@ -68,10 +69,10 @@ def write(
             _write(file, bundle, tokens, held)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
+        os.chmod(partial, 0o666 & ~umask())
         os.replace(partial, path)
     except OSError as error:
-        raise CacheFileError(f"cannot write the cache to {path}: {_reason(error)}") from None
+        raise CacheFileError(f"cannot write the cache to {path}: {system_reason(error)}") from None
     finally:
         if partial is not None:
             with suppress(OSError):
@@ -152,7 +153,7 @@ def opened(path: str | os.PathLike[str], bundle: Bundle) -> Iterator[Saved]:
             shapes, tokens = _read_header(path, file, bundle)
             yield Saved(tokens, shapes, bundle, file)
     except OSError as error:
-        raise CacheFileError(f"cannot read the cache {path}: {_reason(error)}") from None
+        raise CacheFileError(f"cannot read the cache {path}: {system_reason(error)}") from None
 
 
 def _read_header(path: Any, file: BufferedReader, bundle: Bundle) -> tuple[dict[str, tuple[int, ...]], list[list[int]]]:
@@ -215,13 +216,3 @@ def _array(file: BufferedReader, shape: tuple[int, ...], dtype: str) -> Array:
     if values.size and file.readinto(values.data.cast("B")) != values.nbytes:
         raise OSError("it ends before its data")
     return values
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)

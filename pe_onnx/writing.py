@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from pe_onnx import contract
-from pe_onnx.bundle import CUDA, DECODER, FORMAT, MODEL, RUNTIME, WEIGHTS, Bundle, read_bundle, sha256, write_bundle
+from pe_onnx.bundle import (
+    CUDA,
+    DECODER,
+    FORMAT,
+    MERGED,
+    MODEL,
+    RUNTIME,
+    WEIGHTS,
+    Bundle,
+    read_bundle,
+    sha256,
+    write_bundle,
+)
 from pe_onnx.errors import ConfigError, needs
 from pe_onnx.machine import return_freed_memory, versions
 
@@ -31,9 +43,6 @@ EMBED_BELOW_BYTES = 1 << 20
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 EXTERNAL_FROM_BYTES = 257
 """Smaller tensors stand in the ONNX file in any case."""
-
-MERGED = "decoder_model_merged.onnx"
-"""Under this name optimum 2.1 looks for one graph of the first and the later steps."""
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "transformers")
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pe_onnx.bundle import DECODER, ENCODER, MODEL
+from pe_onnx.bundle import DECODER, ENCODER, MERGED, MODEL
 from pe_onnx.packages import Package, copy_asset, need_numbers, need_target, one_cache_shape
 from pe_onnx.packages._stand_in import known_config, write_source
 from pe_onnx.packages._texts import read_json, special_ids, write_json, write_tokenizer
 
-MERGED = "decoder_model_merged.onnx"
 REASON = "a cache that grows and padding on the left"
 
 

@@ -8,7 +8,6 @@ queue is full, 503 while the server stops, 504 for a request out of time.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -21,7 +20,7 @@ from pe_onnx.errors import ConfigError, InputError, PeOnnxError, needs
 from pe_onnx.generate import Model
 from pe_onnx.server.answers import Answers, ChatAnswers, CompletionAnswers
 from pe_onnx.server.asking import Asking, ParameterError
-from pe_onnx.server.choices import Choice
+from pe_onnx.server.choices import Choice, Piece
 from pe_onnx.server.engine import CLOSED, ClosedError, Engine, QueueFullError
 from pe_onnx.server.fitting import slot_length
 from pe_onnx.server.invalid import explained
@@ -45,7 +44,7 @@ with needs("serve", "'pe-onnx[serve]'"):
     from starlette.exceptions import HTTPException
     from starlette.responses import Response
 
-from pe_onnx.server.guard import Guard, error_answer
+from pe_onnx.server.guard import Guard, error_answer, error_document
 from pe_onnx.server.metrics import Metrics
 from pe_onnx.server.sending import NO_ANSWER, ClientLeftError, Crossing, EventStream, failed, unless_left
 
@@ -169,37 +168,38 @@ class Application:
         finally:
             self.crossing.give_up(choices)
         if (choice := failed(choices)) is not None:
-            return _without_answer(choice)
+            status, error, headers = _without_answer(choice)
+            return JSONResponse(error, status, headers)
         return JSONResponse(answers.whole(choices))
 
     async def _finish(self, choices: list[Choice], begun: float) -> None:
-        async with aclosing(self.crossing.pieces(choices)) as pieces:
-            await self._observed(pieces, choices, begun)
-
-    async def _observed(self, pieces: AsyncIterator[Any], choices: list[Choice], begun: float) -> None:
-        first = True
-        async for choice, _ in pieces:
-            if first and choice.tokens:
-                self.metrics.first_token_s.observe(time.monotonic() - begun)
-                first = False
+        async with aclosing(self._observed(choices, begun)) as pieces:
+            async for _ in pieces:
+                pass
         self.metrics.ended(choices, begun)
+
+    async def _observed(self, choices: list[Choice], begun: float) -> AsyncGenerator[tuple[Choice, Piece], None]:
+        """What comes of choices, the first token timed."""
+        first = True
+        async with aclosing(self.crossing.pieces(choices)) as pieces:
+            async for choice, piece in pieces:
+                if first and choice.tokens:
+                    self.metrics.first_token_s.observe(time.monotonic() - begun)
+                    first = False
+                yield choice, piece
 
     async def _documents(
         self, choices: list[Choice], answers: Answers, with_usage: bool, begun: float
     ) -> AsyncGenerator[dict[str, Any] | None, None]:
         """What a stream sends; None for its end."""
-        first = True
-        async with aclosing(self.crossing.pieces(choices)) as pieces:
+        async with aclosing(self._observed(choices, begun)) as pieces:
             for choice in choices:
                 if (opening := answers.opening(choice)) is not None:
                     yield opening
             async for choice, piece in pieces:
-                if first and choice.tokens:
-                    self.metrics.first_token_s.observe(time.monotonic() - begun)
-                    first = False
                 if piece.finish in NO_ANSWER:
                     self.metrics.ended(choices, begun)
-                    yield json.loads(bytes(_without_answer(choice).body))
+                    yield _without_answer(choice)[1]
                     return
                 if piece.text or piece.likelihoods or piece.finish:
                     yield answers.chunk(choice, piece)
@@ -209,16 +209,17 @@ class Application:
         yield None
 
 
-def _without_answer(choice: Choice) -> Response:
-    """Of a choice that ended otherwise. OpenAI's clients would ask for all of it again, unless told not to."""
+def _without_answer(choice: Choice) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, error and headers of a choice that has none. OpenAI's clients would ask for all of it again, unless told
+    not to."""
     if choice.finish == "closed":
-        return error_answer(503, CLOSED, "server_error", headers={"retry-after": "1"})
+        return 503, error_document(CLOSED, "server_error"), {"retry-after": "1"}
     once = {"x-should-retry": "false"}
     if choice.finish == "timeout":
         message = f"out of time after {len(choice.tokens)} tokens"
-        return error_answer(504, message, "timeout_error", code="timeout", headers=once)
+        return 504, error_document(message, "timeout_error", code="timeout"), once
     log.error("a request failed: %s", choice.message)
-    return error_answer(500, "the model failed; see the server's log", "server_error", headers=once)
+    return 500, error_document("the model failed; see the server's log", "server_error"), once
 
 
 async def _invalid(request: Request, error: Any) -> Response:

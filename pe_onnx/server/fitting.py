@@ -5,7 +5,7 @@ from __future__ import annotations
 from pe_onnx.errors import ConfigError
 from pe_onnx.generate import Model
 from pe_onnx.memory import available_bytes
-from pe_onnx.memory_plan import demand
+from pe_onnx.memory_plan import demand, most_fitting
 from pe_onnx.server.options import ServerOptions
 
 SHARE = 0.5
@@ -43,13 +43,10 @@ def slot_length(model: Model, options: ServerOptions) -> int | None:
     budget = DEVICE_BYTES if on_device else None if free is None else int(SHARE * free)
     if most is None or budget is None or _bytes(model, options.slots, most) <= budget:
         return most
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _bytes(model, options.slots, middle) <= budget else (low, middle - 1)
-    if low < 1:
+    fitting = most_fitting(lambda tokens: _bytes(model, options.slots, tokens) <= budget, most)
+    if fitting < 1:
         raise ConfigError(f"{options.slots} slots do not fit the {budget / 1e9:.1f} GB there are; give fewer --slots")
-    return low
+    return fitting
 
 
 def _bytes(model: Model, slots: int, tokens: int) -> int:

@@ -25,6 +25,17 @@ OPEN = ("/health",)
 KNOWN = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
+def error_document(
+    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error in OpenAI's form. What a request held may be no valid text: it is written in ASCII."""
+
+    def plain(text: str | None) -> str | None:
+        return text and text.encode("ascii", "backslashreplace").decode()
+
+    return {"error": {"message": plain(message), "type": kind, "param": plain(param), "code": code}}
+
+
 def error_answer(
     status: int,
     message: str,
@@ -33,13 +44,8 @@ def error_answer(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """An error in OpenAI's form. What a request held may be no valid text: it is written in ASCII."""
-
-    def plain(text: str | None) -> str | None:
-        return text and text.encode("ascii", "backslashreplace").decode()
-
-    error: dict[str, Any] = {"message": plain(message), "type": kind, "param": plain(param), "code": code}
-    return JSONResponse({"error": error}, status, dict(headers or {}))
+    """The answer with an ``error_document``."""
+    return JSONResponse(error_document(message, kind, param, code), status, dict(headers or {}))
 
 
 class Guard:

@@ -173,9 +173,7 @@ class Scheduler:
             row = best
         else:  # what the best row holds besides may be asked for again
             row = min(free, key=lambda row: (self.slots.lengths[row] > 0, self._used[row]))
-        if row != best and not self.slots.shares:
-            common[best] = common[row]
-        if row != best and common[best] > common[row]:
+        if self.slots.shares and common[best] > common[row]:
             self.slots.copy_beginning(best, row, common[best])
         else:
             self.slots.cut(row, common[row])
