@@ -55,7 +55,7 @@ LAYERS = [
     ("eager",),
     ("parity", "latency", "regression"),
     ("plots", "failing_run", "quality"),
-    ("bisection",),
+    ("bisection", "encoding_pictures"),
     ("named_reference", "check_report", "commands"),
     ("suite", "check_junit", "check_markdown"),
     ("check_parts",),
