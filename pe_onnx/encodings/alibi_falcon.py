@@ -16,8 +16,8 @@ Cost: no parameters. H (T + S) terms and H T S subtractions a step, made once fo
 Cache: cached keys hold no position and stay as they are. The bias is made anew at each step for every key. It depends
 on both positions, not on the length.
 
-Limits: no length limit, but neighbouring keys share a term from position 256 on, where bfloat16 no longer counts
-single tokens. Any head count. No operator of its own: the graph spells it out.
+Limits: no length limit, but neighbouring keys share a term from position 256 on, where bfloat16 no longer counts single
+tokens. Any head count. No operator of its own: the graph spells it out.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ Formula::
 Paper: Chi et al. 2022, KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation, the logarithmic
 variant; the authors' ``ParallelKerpleLog``.
 
-Cost: 2 H parameters. H S logarithms a step, one for each distance, put into place for T queries and read by all
-layers; the bias of one query is a slice of them.
+Cost: 2 H parameters. H S logarithms a step, one for each distance, put into place for T queries and read by all layers;
+the bias of one query is a slice of them.
 
-Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the
-distance alone, not on the length.
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the distance
+alone, not on the length.
 
 Limits: no length limit; made to be run past the trained length. Computed in float32.
 """

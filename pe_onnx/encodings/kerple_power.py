@@ -12,8 +12,8 @@ the authors' ``ParallelKerplePower`` with its bias kernel.
 Cost: 2 H parameters. H S powers a step, one for each distance, put into place for T queries and read by all layers; the
 bias of one query is a slice of them.
 
-Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the
-distance alone, not on the length.
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the distance
+alone, not on the length.
 
 Limits: no length limit of its own. Computed in float32; with r2 near 2 a far term leaves float16's range.
 """

@@ -11,8 +11,7 @@ Formula::
 Paper: emozilla 2023, dynamically scaled RoPE; transformers 5.23 ``rope_type: dynamic`` (``dynamic_rope_update``).
 
 Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
-in each layer. The R/2 frequencies are made
-anew at each step.
+in each layer. The R/2 frequencies are made anew at each step.
 
 Cache: keys cached before keep the angles they had, also where the base has grown since, so that keys of several bases
 stand in one cache.

@@ -1,7 +1,7 @@
 """RoPE with position interpolation: every position divided by a factor, as if tokens stood closer together.
 
-A text of factor times the trained length stays within the angles of training; neighbours differ by
-angles factor times smaller.
+A text of factor times the trained length stays within the angles of training; neighbours differ by angles factor times
+smaller.
 
 Formula::
 
@@ -13,11 +13,10 @@ transformers 5.23 ``rope_type: linear``.
 Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
 in each layer.
 
-Cache: as ``rope``: keys are cached as they were turned and never change. The factor is the same at
-every length.
+Cache: as ``rope``: keys are cached as they were turned and never change. The factor is the same at every length.
 
-Limits: no length limit in the graph; angles of training end at factor times the trained length. The factor is at
-least 1.
+Limits: no length limit in the graph; angles of training end at factor times the trained length. The factor is at least
+1.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ Paper: Llama 3.1's reference code (``apply_scaling``); transformers 5.23 ``rope_
 Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
 in each layer. The ramp is computed at the export.
 
-Cache: as ``rope``: keys are cached as they were turned and never change. The frequencies
-are the same at every length.
+Cache: as ``rope``: keys are cached as they were turned and never change. The frequencies are the same at every length.
 
 Limits: no length limit in the graph. The factor is at least 1, and high_freq_factor greater than low_freq_factor.
 """

@@ -7,8 +7,8 @@ Formula::
     layers 0 .. n - 2, n .. 2n - 2, ...    angle[t, i] = t * theta^(-2i/R)
     layers n - 1, 2n - 1, ...              queries and keys as they are
 
-Paper: Yang et al. 2025, Rope to Nope and Back Again: A New Hybrid Attention Strategy; SmolLM3 and Llama 4
-(transformers 5.23 ``no_rope_layer_interval``, 4).
+Paper: Yang et al. 2025, Rope to Nope and Back Again: A New Hybrid Attention Strategy; SmolLM3 and Llama 4 (transformers
+5.23 ``no_rope_layer_interval``, 4).
 
 Cost: no parameters. R/2 cosines and sines a token, made once; 3 R operations a query or key head in the layers that
 turn, none in the others.

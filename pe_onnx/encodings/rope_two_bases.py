@@ -12,8 +12,7 @@ Paper: Gemma 3 technical report 2025, section 2; transformers 5.23 ``rope_parame
 Cost: as ``rope``, but for two tables: no parameters; twice R/2 cosines and sines a token, 3 R operations a query or key
 head in each layer.
 
-Cache: as ``rope``: keys are cached as they were turned and never change. Each layer's
-are of its own base.
+Cache: as ``rope``: keys are cached as they were turned and never change. Each layer's are of its own base.
 
 Limits: as ``rope``: no length limit; R even and at most the head size.
 """

@@ -17,8 +17,7 @@ Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all lay
 in each layer. The ramp is computed at the export, and the factor is on the tables: the scores take it twice at no
 further cost.
 
-Cache: as ``rope``: keys are cached as they were turned and never change. The frequencies
-are the same at every length.
+Cache: as ``rope``: keys are cached as they were turned and never change. The frequencies are the same at every length.
 
 Limits: no length limit in the graph. The factor is at least 1, theta greater than 1. The scores are sharpened at short
 lengths too.

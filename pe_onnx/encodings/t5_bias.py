@@ -12,11 +12,11 @@ Formula::
 Paper: Raffel et al. 2020, Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, section
 2.1; buckets as transformers 5 ``T5Attention._relative_position_bucket`` has them.
 
-Cost: num_buckets * H parameters. H T S numbers looked up a step, made once and read by all layers; for keys that
-are max_distance or more before every query one look-up is repeated.
+Cost: num_buckets * H parameters. H T S numbers looked up a step, made once and read by all layers; for keys that are
+max_distance or more before every query one look-up is repeated.
 
-Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the
-distance alone, not on the length.
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the distance
+alone, not on the length.
 
 Limits: no length limit; all distances from max_distance on count as one. num_buckets is at least 2, and max_distance
 greater than half of it.
