@@ -111,6 +111,7 @@ def _limited(encoding: PositionalEncoding, length: int) -> int:
     return min(length, encoding.max_length or length)
 
 
+@torch.no_grad()
 def vectors(encoding: PositionalEncoding, length: int) -> Array:
     """``[length, C]``, what is added to the embedding at positions 0 .. length - 1."""
     return encoding.embed(torch.arange(length)[None])[0].double().numpy()
@@ -153,6 +154,7 @@ def rotated_scores(encoding: PositionalEncoding, reach: int) -> ByDistance:
     return ByDistance(np.nanmean(found, 0), np.nanmin(found, 0), np.nanmax(found, 0))
 
 
+@torch.no_grad()
 def biases(encoding: PositionalEncoding, reach: int, query: int) -> Array:
     """``[H, reach]``, the term on the scores of the query at a position by the distance of the key."""
     bias = encoding.bias(torch.tensor([[query]]), None, query + 1)[0, :, 0]  # [H, S]
