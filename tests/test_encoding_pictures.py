@@ -12,6 +12,7 @@ import pytest
 import torch
 from drawn_encodings import ENCODINGS, encoding
 from matplotlib.figure import Figure
+from test_plots import contrast
 
 from pe_onnx import encoding_pictures as pictures
 from pe_onnx.encoding import PerLayer, PositionalEncoding
@@ -158,6 +159,11 @@ def test_a_mix_has_a_row_for_each_encoding() -> None:
 def test_a_bias_that_sees_the_position_is_drawn_for_two_queries() -> None:
     assert "query at 1,023, not 255" in texts(filled(encoding("fire_shared")))
     assert "query at" not in texts(filled(encoding("alibi")))
+
+
+def test_shades_can_be_read_on_light_and_dark_pages() -> None:
+    assert len(set(pictures.shades(32))) == 32
+    assert all(contrast(color, page) >= 3.0 for color in pictures.shades(32) for page in ("#ffffff", "#0d1117"))
 
 
 def test_a_short_table_is_drawn_to_its_end() -> None:
