@@ -43,6 +43,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.config = config
         self.parameters_used: dict[str, Any] = {}
 
     @property

@@ -7,6 +7,7 @@ reach this, the blue a little lighter; lines differ in marker and dash too, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 from math import nan
 from pathlib import Path
@@ -37,6 +38,18 @@ PART_COLOURS = {
     REST: "#6E6E6E",
 }
 TOP_OPERATORS = 8
+STYLE: Any = {
+    "svg.hashsalt": "pe-onnx",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+}
+"""matplotlib's settings for every figure of ours."""
 DODGE = 1.03
 """Contestants stand this factor apart, so that their intervals can be told apart."""
 LOG_FROM = 6.0
@@ -59,7 +72,21 @@ def check_plot(path: str | Path) -> Path:
 
 
 def draw(report: BenchReport, path: str | Path) -> bytes:
-    """The figure, PNG or SVG by the path's ending, for ``write_report``; an SVG of the same bytes for the same figures.
+    """The figure for ``write_report``; raises what ``rendered`` raises."""
+
+    def fill(figure: Any) -> None:
+        panels = 2 if report.profile else 1
+        figure.set_size_inches(5.6 * panels, 3.9)
+        grid = figure.subplots(1, panels, squeeze=False)
+        _decode(grid[0][0], report)
+        if report.profile:
+            _operators(grid[0][1], report.profile[-1])
+
+    return rendered(path, fill)
+
+
+def rendered(path: str | Path, fill: Callable[[Any], None]) -> bytes:
+    """What ``fill`` draws into an empty figure: PNG or SVG by the path's ending, the same bytes for the same drawing.
 
     Raises what ``check_plot`` raises. Neither pyplot nor the backend of whoever calls is touched.
     """
@@ -68,26 +95,10 @@ def draw(report: BenchReport, path: str | Path) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {
-            "svg.hashsalt": "pe-onnx",
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 10,
-        }
-    ):
-        panels = 2 if report.profile else 1
-        figure = Figure(figsize=(5.6 * panels, 3.9), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(1, panels, squeeze=False)
-        _decode(grid[0][0], report)
-        if report.profile:
-            _operators(grid[0][1], report.profile[-1])
+        fill(figure)
         image = BytesIO()
         date: dict[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {}
         figure.savefig(image, format=form, transparent=True, dpi=160, **date)
