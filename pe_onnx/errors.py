@@ -85,8 +85,10 @@ def first_line(error: BaseException) -> str:
 
 
 def system_reason(error: Exception) -> str:
-    """The system's words for an OSError, without path and number."""
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    """The system's words for an OSError, without path and number; NumPy's of a full disk has none."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return f"no room for it ({error})" if "requested and" in str(error) else str(error)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

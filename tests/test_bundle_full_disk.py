@@ -71,10 +71,16 @@ def test_a_file_that_grows_too_large_leaves_nothing(tmp_path: Path, bundles: Bun
 
     shutil.copytree(bundles("rope"), tmp_path / "b")
     before = snapshot(tmp_path)
-    result = cli("export", "--encoding", "alibi", "-o", tmp_path / "b", "--force", preexec_fn=limit_files)
-    assert result.stderr == f"pe-onnx: cannot write {tmp_path / 'b'}: File too large\n"
-    assert result.returncode == 1
-    assert snapshot(tmp_path) == before
+    for preset, reason in (
+        (["--preset", "tiny"], "File too large"),
+        ([], "no room for it"),
+    ):  # weights in the file; beside it
+        line = ("export", "--encoding", "alibi", *preset, "-o", tmp_path / "b", "--force")
+        result = cli(*line, preexec_fn=limit_files)
+        assert result.stderr.startswith(f"pe-onnx: cannot write {tmp_path / 'b'}: {reason}")
+        assert result.stderr.count("\n") == 1
+        assert result.returncode == 1
+        assert snapshot(tmp_path) == before
 
 
 def test_the_limit_is_what_fails(tmp_path: Path) -> None:
@@ -100,7 +106,8 @@ if UNSHARE is not None:  # a system that does not permit it has the file-size li
         room_bytes = sum(p.stat().st_size for p in old.iterdir()) + 250_000
         output = str(tmp_path / "b")
         main = "from pe_onnx.cli import main; main()"
-        command = [sys.executable, "-B", "-c", main, "export", "--encoding", "alibi", "-o", output, "--force"]
+        command = [sys.executable, "-B", "-c", main, "export", "--encoding", "alibi", "--preset", "tiny"]
+        command += ["-o", output, "--force"]
         result = full_disk(tmp_path, room_bytes, old, command)
         assert result.stderr == f"pe-onnx: cannot write {output}: No space left on device\n"
         assert result.returncode == 1

@@ -13,7 +13,11 @@ from folder_contents import snapshot
 USAGE = [
     # the command and its arguments
     ("exprot", ["exprot", "'export'"]),
-    ("export --encoding rope", ["--output"]),
+    ("export --encoding rope --weights rop -o b", ["'rop'", "did you mean 'rope'?"]),
+    ("export --encoding rope --weights rope --preset tiny -o b", ["'tiny'", "random weights"]),
+    ("export --encoding rope --weights rope --set seed=1 -o b", ["'seed'", "random weights"]),
+    ("export --encoding alibi --weights rope -o b", ["'rope'", "rotation", "'alibi'"]),
+    ("export --model {llama} --weights rope -o b", ["--weights"]),
     ("export --encoding rope -o b extra", ["extra"]),
     ("export --encoding rope -o b --trget ort", ["--trget", "--target"]),
     ("export -o b", ["one of --encoding and --model"]),
@@ -80,7 +84,6 @@ USAGE = [
     ("export --encoding rope -o file --force", ["file", "exists"]),
     ("export --encoding rope -o file/b", ["file"]),
     # generate
-    ("generate", ["DIR"]),
     ("generate {rope} ''", ["no tokens"]),
     ("generate {rope} hi ''", ["no tokens"]),
     ("generate {learned} {a33} -n 1", ["33", "32 positions of the encoding"]),
@@ -143,6 +146,7 @@ BROKEN = [
     ("inspect {corrupted}", ["corrupted", "model.onnx", "checksum"]),
     ("parity {corrupted}", ["corrupted", "model.onnx", "checksum"]),
     ("generate nothing hi", ["nothing", "does not exist"]),
+    ("generate", ["bundle is not a bundle", "pe-onnx export"]),
     ("inspect nothing", ["nothing", "does not exist"]),
     ("parity nothing", ["nothing", "does not exist"]),
     ("generate taken hi", ["taken", "manifest.json"]),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai
 import pytest
 from conftest import Bundles
 
@@ -18,6 +17,7 @@ from pe_onnx.packager import package
 from pe_onnx.packages import Options
 from pe_onnx.quantization import quantize
 
+onnxruntime_genai = pytest.importorskip("onnxruntime_genai", reason="its package is for onnxruntime's CPU wheel")
 ENCODINGS = ("rope", "t5_bias", "alibi", "learned", "none", "sinusoidal")
 PROMPT, NEW = 20, 64
 CONTEXT = 256
