@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,14 +39,16 @@ BIAS_REACH, FAR_QUERY = 256, 1023
 """Distances of a bias; the position of a second query, for biases that see more than the distance."""
 SCORE_REACH = 2048
 """Distances of rotated scores."""
+LEAST_SHARE = 1e-6
+"""Of attention, below which nothing is drawn."""
 MASKED = 16
 """Tokens under the causal mask alone."""
 MOST_ROWS = 4
 """Encodings of a mix; what more there are is counted."""
 MOST_STYLES = 4
 """Heads that have a style each; more are shades."""
-WIDTH, HEIGHT = 4.1, 3.2
-"""Inches of a panel."""
+WIDTH, HEIGHT, TITLE = 4.1, 3.2, 0.3
+"""Inches of a panel, and of a line above or below."""
 
 
 class ByDistance(NamedTuple):
@@ -56,32 +59,37 @@ class ByDistance(NamedTuple):
     high: Array
 
 
-def draw(encoding: PositionalEncoding, figure: Figure) -> None:
-    """Fill an empty figure, whose size is set. Raises ImportError where matplotlib is missing."""
-    import matplotlib
+def draw(encoding: PositionalEncoding, figure: Figure, note: str = "") -> None:
+    """Fill an empty figure, whose size and layout are set. note: a line below, such as where the weights are from.
+
+    Raises MissingDependencyError where matplotlib is missing.
+    """
+    with needs("the picture of an encoding", "'pe-onnx[plot]'"):
+        import matplotlib
 
     rows = _rows(encoding)
     shown = rows[:MOST_ROWS]
-    panels = [_PANELS[one.hook] for one, _ in shown]
-    with matplotlib.rc_context(STYLE):
-        figure.set_size_inches(
-            WIDTH * max(map(len, panels)), HEIGHT * len(shown) + 0.3 * bool(encoding.hook == "layer")
-        )
+    columns = max(len(_panels(one)) for one, _ in shown)
+    if len(rows) > MOST_ROWS:
+        note = f"{len(rows) - MOST_ROWS} more encodings of layers are not shown{'; ' if note else ''}{note}"
+    with matplotlib.rc_context(STYLE), torch.no_grad():
+        extra = TITLE * sum(bool(layers) for _, layers in shown) + TITLE * bool(note)
+        figure.set_size_inches(WIDTH * columns, HEIGHT * len(shown) + extra)
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+        if note:
+            figure.supxlabel(note, fontsize=8.5, color=INK, x=0.02, ha="left")
         places: list[FigureBase] = [figure]
         if encoding.hook == "layer":
             places = list(figure.subfigures(len(shown), 1, squeeze=False)[:, 0])
-        with torch.no_grad():
-            for place, (one, layers), drawn in zip(places, shown, panels, strict=True):
-                if layers:
-                    more = (
-                        f"; {len(rows) - MOST_ROWS} more encodings"
-                        if len(rows) > MOST_ROWS and one is shown[-1][0]
-                        else ""
-                    )
-                    place.suptitle(f"{layers}: {name(one)}{more}", fontsize=10.5, color=INK, x=0.01, ha="left")
-                grid = place.subplots(1, len(drawn), squeeze=False)[0]
-                for axes, panel in zip(grid, drawn, strict=True):
-                    panel(axes, one)
+        for place, (one, layers) in zip(places, shown, strict=True):
+            if layers:
+                place.suptitle(f"{layers}: {name(one)}", fontsize=10.5, color=INK, x=0.02, ha="left")
+            grid = place.subplots(1, columns, squeeze=False)[0]
+            panels = _panels(one)
+            for axes, panel in zip(grid, panels, strict=False):
+                panel(axes, one)
+            for axes in grid[len(panels) :]:
+                axes.set_axis_off()
 
 
 def name(encoding: PositionalEncoding) -> str:
@@ -123,7 +131,7 @@ def angles(encoding: PositionalEncoding, length: int) -> Array:
 
 
 def wavelengths(encoding: PositionalEncoding, reach: int) -> Array:
-    """Tokens of a whole turn ``[R/2]``, infinite for pairs that do not turn, in a step that reaches ``reach`` tokens."""
+    """Tokens of a whole turn ``[R/2]``, in a step of so many; infinite for pairs that do not turn."""
     cos, sin = (table[0, 1].double() for table in encoding.tables(torch.tensor([[0, 1, reach - 1]]))[:2])
     return (2 * math.pi / torch.atan2(sin, cos).abs()).numpy()
 
@@ -175,6 +183,10 @@ def plain_rope(encoding: PositionalEncoding) -> PositionalEncoding | None:
 
 
 def _title(axes: Any, text: str, x: str, y: str) -> None:
+    from matplotlib import ticker
+
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True))
     axes.set_title(text, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -182,7 +194,7 @@ def _title(axes: Any, text: str, x: str, y: str) -> None:
 
 def _embedding(axes: Any, encoding: PositionalEncoding) -> None:
     table = vectors(encoding, _limited(encoding, SHOWN))
-    _matrix(axes, table.T, "RdBu_r", float(np.abs(table).max()), "added")
+    _matrix(axes, table.T, "RdBu_r", float(np.abs(table).max()))
     _title(axes, "added to the embedding", "position", "channel")
 
 
@@ -192,7 +204,7 @@ def _products(axes: Any, encoding: PositionalEncoding) -> None:
     _title(axes, "dot product of two positions", "distance", "product, mean and range")
 
 
-def _matrix(axes: Any, values: Array, colors: str, limit: float, label: str) -> None:
+def _matrix(axes: Any, values: Array, colors: str, limit: float) -> None:
     image = axes.imshow(
         values, aspect="auto", origin="lower", cmap=colors, vmin=-limit, vmax=limit, interpolation="none"
     )
@@ -209,7 +221,7 @@ def _band(axes: Any, found: ByDistance, color: str, label: str, line: str = "-")
 
 def _angles(axes: Any, encoding: PositionalEncoding) -> None:
     turns = angles(encoding, _limited(encoding, SHOWN)) / (2 * math.pi)
-    _matrix(axes, turns.T, "twilight", 0.5, "turns")
+    _matrix(axes, turns.T, "twilight_shifted", 0.5)
     _title(axes, "angle, turns", "position", "pair of channels")
 
 
@@ -221,7 +233,7 @@ def _wavelengths(axes: Any, encoding: PositionalEncoding) -> None:
     for reach in (r for r in reaches if r == _limited(encoding, r)):
         tokens = wavelengths(encoding, reach)
         if not any(np.allclose(tokens, other, rtol=1e-4) for other in found.values()):
-            found[f"a step that reaches {reach:,}" if encoding.path_dependent else name(encoding)] = tokens
+            found[f"a step to {reach:,}" if encoding.path_dependent else name(encoding)] = tokens
     if plain is not None:
         axes.plot(wavelengths(plain, 2), color=INK, linestyle=":", linewidth=3, label="rope")
     for (label, tokens), (color, marker, line) in zip(found.items(), STYLES, strict=False):
@@ -234,17 +246,12 @@ def _wavelengths(axes: Any, encoding: PositionalEncoding) -> None:
             label=label,
         )
     still = int(np.isinf(next(iter(found.values()))).sum())
-    axes.axhline(trained, color=INK, linewidth=0.8)
-    axes.annotate(
-        f"{trained:,} tokens",
-        (0.99, trained),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=8.5,
-    )
+    _level(axes, trained, f"{trained:,} tokens")
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left")
+    if len(found) > 1:
+        _legend_below(axes, 2)
+    else:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower right")
     _title(axes, f"a whole turn{f'; {still} pairs stand still' if still else ''}", "pair of channels", "tokens")
 
 
@@ -256,11 +263,24 @@ def _rotated(axes: Any, encoding: PositionalEncoding) -> None:
     _band(axes, rotated_scores(encoding, reach), BLUE, name(encoding))
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(0, reach)
-    axes.set_xticks([0, *(10**k for k in range(1 + int(math.log10(reach))))])
+    ticks = [0, *(10**k for k in range(1 + int(math.log10(reach))))]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     if plain is not None:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
-    _title(axes, "score of ones over head size", "distance", "mean and range")
+    _title(axes, "score of two vectors of ones", "distance", "score over head size")
+
+
+def _legend_below(axes: Any, columns: int) -> None:
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": columns, "columnspacing": 1.0}
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, **place)
+
+
+def _level(axes: Any, value: float, label: str) -> None:
+    """A line across, named at its right end."""
+    axes.axhline(value, color=INK, linewidth=0.8)
+    place = {"xy": (1.01, value), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
+    axes.annotate(label, ha="left", va="center", fontsize=8.5, **place)
 
 
 def _heads(axes: Any, values: Array, label: str, line: str = "-") -> None:
@@ -282,26 +302,26 @@ def _bias(axes: Any, encoding: PositionalEncoding) -> None:
     if not np.allclose(values, others, rtol=1e-5, atol=1e-5):
         _heads(axes, others, f"query at {far:,}, not {near:,}", "--")
     axes.grid(True, axis="y", color=INK, alpha=0.25, linewidth=0.7)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    _legend_below(axes, 3)
     _title(axes, "added to the scores", "distance", "term, for each head")
 
 
 def _shares(axes: Any, encoding: PositionalEncoding) -> None:
     reach = _limited(encoding, BIAS_REACH)
-    _heads(axes, shares(biases(encoding, reach, reach - 1)), "")
-    axes.axhline(1 / reach, color=INK, linewidth=0.8)
-    axes.annotate(
-        "no bias", (0.99, 1 / reach), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5
-    )
+    given = shares(biases(encoding, reach, reach - 1))
+    _heads(axes, given, "")
+    _level(axes, 1 / reach, "no bias")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-6)
+    axes.set_ylim(max(LEAST_SHARE, given.min() / 2), 1)
     axes.grid(True, axis="y", color=INK, alpha=0.25, linewidth=0.7)
     _title(axes, "attention, all scores alike", "distance", "share of a key")
 
 
 def _mask(axes: Any, encoding: PositionalEncoding) -> None:
     seen = masked_shares(MASKED)
-    image = axes.imshow(np.where(seen > 0, seen, np.nan), cmap="viridis", vmin=0, vmax=1, interpolation="none")
+    image = axes.imshow(
+        np.where(seen > 0, seen, np.nan), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="none"
+    )
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
     bar.outline.set_visible(False)
     _title(axes, "attention, all scores alike", "key", "query")
@@ -321,3 +341,13 @@ _PANELS = {
     "bias": (_bias, _shares),
     "none": (_mask, _first_key),
 }
+
+
+def _panels(encoding: PositionalEncoding) -> tuple[Callable[[Any, PositionalEncoding], None], ...]:
+    """Those of the hook; of a rotation by other tables than cosines and sines the scores alone."""
+    if encoding.hook == "rotate":
+        shapes = {table.shape for table in encoding.tables(torch.arange(2)[None])[:2]}
+        pairs = [shape[-1] for shape in shapes if len(shape) == 3]
+        if len(shapes) > 1 or not pairs or 2 * pairs[0] > encoding.config.head_size:
+            return (_rotated,)
+    return _PANELS[encoding.hook]
