@@ -25,8 +25,8 @@ def tables(report: Comparison) -> Iterator[Table]:
 def notes(report: Comparison) -> Iterator[str]:
     """What the figures are of, and what could not be had."""
     yield (
-        f"Text: {report.text}, {report.tokens:,} tokens, none of them trained on where the text is pe-onnx's own; at each "
-        f"length the same bytes count, those that are predicted in the windows of every length."
+        f"Text: {report.text}, {report.tokens:,} tokens of it, cut into windows that are run from nothing; at each length "
+        f"the same tokens count, those that are predicted in the windows of every length."
     )
     if report.left_out:
         longer = ", ".join(f"{length:,}" for length in report.left_out)
@@ -63,8 +63,8 @@ def _by_length(report: Comparison, title: str, cell: Callable[[AtLength], str]) 
 
 def _sizes(report: Comparison) -> Table:
     measured = [n for n in report.lengths if any(c.at(n).peak_memory_bytes is not None for c in report.contestants)]
-    columns = ["contestant", "encoding's own weights", "bytes of these", "all weights, MB", "cache, kB/token", "load, s"]
-    columns += [f"peak MB at {length:,}" for length in measured]
+    columns = ["contestant", "encoding, weights", "encoding, bytes", "all, MB", "cache, kB/token", "load, s"]
+    columns += [f"peak at {length:,}, MB" for length in measured]
     return Table("Sizes", columns, [_size_row(c, measured) for c in report.contestants], {"contestant"})
 
 
