@@ -38,7 +38,7 @@ PART_COLOURS = {
     REST: "#6E6E6E",
 }
 TOP_OPERATORS = 8
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.hashsalt": "pe-onnx",
     "text.color": INK,
     "axes.labelcolor": INK,

@@ -1,9 +1,25 @@
 """ALiBi: a penalty on the scores that grows linearly with the distance, one fixed slope per head.
 
-Press, Smith and Lewis 2021, section 3; for a head count that is no power of two as in the authors' code::
+Queries and keys know nothing of positions; a head with a great slope sees its neighbours, one with a small slope far
+back. For a head count that is no power of two the slopes are those of the authors' code.
 
+Formula::
+
+    bias[h, i, j] = -slope[h] (i - j)
     slope[h] = 2^(-8 (h + 1) / n)        n = the greatest power of two <= H, heads 0 .. n-1
                2^(-4 (2k + 1) / n)       k = h - n, the heads beyond
+
+Paper: Press, Smith and Lewis 2021, Train Short, Test Long: Attention with Linear Biases Enables Input Length
+Extrapolation, section 3.
+
+Cost: no parameters. The term is H T S multiplications a step, made once and read by all layers. A step of one token
+makes H S numbers.
+
+Cache: cached keys hold no position and stay as they are. The bias of a new query is made anew at each step for every
+key; it depends on the distance alone, not on the length.
+
+Limits: no length limit; made to be run past the trained length. Distances are counted in float32, exactly to 2^24
+tokens. In half precision the finished term is rounded once. Any head count.
 """
 
 from __future__ import annotations

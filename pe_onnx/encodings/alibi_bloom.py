@@ -1,11 +1,23 @@
 """ALiBi as BLOOM defines it: slopes in float32 powers, filled up from the next power of two.
 
-BigScience 2022; transformers 5.23 ``bloom.build_alibi_tensor``. Any head count. BLOOM adds slope * key position to the
-scaled scores; softmax ignores the difference, which is one number in a row::
+BLOOM adds slope * key position to the scaled scores; softmax ignores the difference, which is one number in a row.
 
+Formula::
+
+    bias[h, i, j] = -slope[h] (i - j)
     n = the greatest power of two <= H
     slope[h] = 2^(-8/n) ^ (h + 1)                h < n         float32 powers of a float32 base
                2^(-4/n) ^ (2 (h - n) + 1)        h >= n
+
+Paper: BigScience 2022, BLOOM: A 176B-Parameter Open-Access Multilingual Language Model; transformers 5.23
+``bloom.build_alibi_tensor``.
+
+Cost: as ``alibi``: no parameters, H T S multiplications a step, made once for all layers.
+
+Cache: as ``alibi``: cached keys stay, the bias is made anew at each step from distances alone.
+
+Limits: no length limit; distances are exact to 2^24 tokens. Any head count. The slopes differ from ``alibi``'s by
+float32's rounding alone.
 """
 
 from __future__ import annotations

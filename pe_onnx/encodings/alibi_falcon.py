@@ -1,12 +1,23 @@
 """ALiBi as Falcon defines it: BLOOM's slopes in bfloat16, the product rounded to it, and scaled like the scores.
 
-Falcon-RW; transformers 5.23 ``falcon.build_alibi_tensor``. bfloat16 has 8 bits, so the penalty is a staircase in the
-key's position, and not a function of the distance::
+bfloat16 has 8 bits, so the penalty is a staircase in the key's position, and not a function of the distance. Falcon
+adds the first term alone; softmax ignores the second, which keeps the scores small where positions are great.
+
+Formula::
 
     term[h, t] = bf16(bf16(slope[h]) * bf16(t)) / sqrt(D)
     bias[b, h, i, j] = term[h, key_position[b, j]] - term[h, query_position[b, i]]
 
-Falcon adds the first term alone; softmax ignores the second, which keeps the scores small where positions are great.
+Paper: Falcon-RW, of Penedo et al. 2023, The RefinedWeb Dataset for Falcon LLM; transformers 5.23
+``falcon.build_alibi_tensor``.
+
+Cost: no parameters. H (T + S) terms and H T S subtractions a step, made once for all layers.
+
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step for every key. It depends
+on both positions, not on the length.
+
+Limits: no length limit, but neighbouring keys share a term from position 256 on, where bfloat16 no longer counts single
+tokens. Any head count. No operator of its own: the graph spells it out.
 """
 
 from __future__ import annotations

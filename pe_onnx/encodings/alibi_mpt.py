@@ -1,12 +1,21 @@
 """ALiBi as MPT defines it: slopes of the next greater power of two, and their range a parameter.
 
-MosaicML 2023 (``gen_slopes``); transformers 5.23 ``mpt.build_mpt_alibi_tensor``. Any head count::
+With 8 these are ALiBi's own slopes, in its order. transformers 5.23 ignores a config's ``alibi_bias_max`` and takes 8.
 
+Formula::
+
+    bias[h, i, j] = -slope[h] (i - j)
     n = the least power of two >= H        s[k] = 2^(-alibi_bias_max (k + 1) / n)
     slopes = s                                                  where n = H
              s[1], s[3], ..., s[0], s[2], ..., the first H      otherwise
 
-With 8 these are ALiBi's own slopes, in its order. transformers 5.23 ignores a config's ``alibi_bias_max`` and takes 8.
+Paper: MosaicML 2023, MPT's reference code (``gen_slopes``); transformers 5.23 ``mpt.build_mpt_alibi_tensor``.
+
+Cost: as ``alibi``: no parameters, H T S multiplications a step, made once for all layers.
+
+Cache: as ``alibi``: cached keys stay, the bias is made anew at each step from distances alone.
+
+Limits: no length limit; distances are exact to 2^24 tokens. Any head count.
 """
 
 from __future__ import annotations

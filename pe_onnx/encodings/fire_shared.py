@@ -1,7 +1,23 @@
 """FIRE-S: a small network of the distance relative to the query's own position; one network for all layers.
 
-Li et al. 2024, Functional Interpolation for Relative Positions, section 3, with layer-wise sharing; the formula stands
-in ``custom_ops/fire_bias.py``. The threshold L keeps short texts from being stretched.
+The threshold L keeps short texts from being stretched: up to L tokens the distance is measured against L.
+
+Formula::
+
+    d = max(query_position - key_position, 0)        L = |threshold|
+    x = psi(d) / psi(max(query_position, L))         psi(y) = log(|c| y + 1)
+    bias[h, i, j] = output[h] . relu(hidden x + hidden_bias) + output_bias[h]
+
+Paper: Li et al. 2024, Functional Interpolation for Relative Positions Improves Long Context Transformers, section 3,
+with layer-wise sharing.
+
+Cost: 2 + 2 width + (width + 1) H parameters. width hidden units for each pair of query and key, and from them H terms,
+made once for all layers.
+
+Cache: cached keys hold no position and stay as they are. The bias depends on the query's own position beside the
+distance, so that none of an earlier step's can be used again: each step computes it in full, once.
+
+Limits: no length limit: x stays within 0 and 1. Computed in float32, whose counting is exact to 2^24 tokens.
 """
 
 from __future__ import annotations

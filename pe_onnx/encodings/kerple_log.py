@@ -1,9 +1,21 @@
 """KERPLE, the logarithmic kernel: a penalty that grows with the logarithm of the distance, learned for each head.
 
-Chi et al. 2022, the logarithmic variant; the authors' ``ParallelKerpleLog`` (one set for all layers, each number
-at least 0.01)::
+One set of numbers for all layers, each at least 0.01, as the authors' ``ParallelKerpleLog`` has it.
+
+Formula::
 
     bias[h, i, j] = -r1[h] log(1 + r2[h] (i - j))        r1, r2 > 0
+
+Paper: Chi et al. 2022, KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation, the logarithmic
+variant; the authors' ``ParallelKerpleLog``.
+
+Cost: 2 H parameters. H S logarithms a step, one for each distance, put into place for T queries and read by all layers;
+the bias of one query is a slice of them.
+
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the distance
+alone, not on the length.
+
+Limits: no length limit; made to be run past the trained length. Computed in float32.
 """
 
 from __future__ import annotations

@@ -1,9 +1,21 @@
 """KERPLE, the power kernel: a penalty that grows with a power of the distance, learned for each head.
 
-Chi et al. 2022, the power variant; the authors' ``ParallelKerplePower`` with its bias kernel (one set for all layers,
-r1 at least 0.01, r2 between 0.01 and 2). With r2 = 1 it is ALiBi with learned slopes::
+One set of numbers for all layers, r1 at least 0.01, r2 between 0.01 and 2. With r2 = 1 it is ALiBi with learned slopes.
+
+Formula::
 
     bias[h, i, j] = -r1[h] (i - j)^r2[h]        r1 > 0, 0 < r2 <= 2
+
+Paper: Chi et al. 2022, KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation, the power variant;
+the authors' ``ParallelKerplePower`` with its bias kernel.
+
+Cost: 2 H parameters. H S powers a step, one for each distance, put into place for T queries and read by all layers; the
+bias of one query is a slice of them.
+
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the distance
+alone, not on the length.
+
+Limits: no length limit of its own. Computed in float32; with r2 near 2 a far term leaves float16's range.
 """
 
 from __future__ import annotations

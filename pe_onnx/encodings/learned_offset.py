@@ -1,9 +1,20 @@
 """Learned positions behind an offset: the first rows of the table belong to no position.
 
-OPT (fairseq's learned embedding, whose padding index pushes the positions up; transformers 5.23
-``OPTLearnedPositionalEmbedding``, offset 2)::
+fairseq's learned embedding pushes the positions up by its padding index; OPT keeps that.
+
+Formula::
 
     x[t] = embedding[token[t]] + table[position[t] + offset]
+
+Paper: OPT, Zhang et al. 2022, OPT: Open Pre-trained Transformer Language Models; transformers 5.23
+``OPTLearnedPositionalEmbedding``, offset 2.
+
+Cost: (max_position_embeddings + offset) * C parameters. One row looked up and C additions a token, once, not for each
+layer.
+
+Cache: as ``learned``: a cached key carries its absolute position for good, and nothing is computed again.
+
+Limits: the table's length less the offset is a hard limit; a longer text is refused.
 """
 
 from __future__ import annotations

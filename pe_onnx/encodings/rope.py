@@ -1,12 +1,23 @@
 """Rotary positions (RoPE): pairs of channels of queries and keys turned by an angle proportional to the position.
 
-Su et al. 2021, RoFormer, section 3.2.2. The score of two rotated vectors depends on the distance alone, and a cached
-key never changes::
+The score of two rotated vectors depends on the distance alone. Values are not turned.
+
+Formula::
 
     angle[t, i] = t * theta^(-2i/R)        i < R/2, R = rotary size
+    out[a] = x[a] cos - x[b] sin           (a, b) = (i, i + R/2), or (2i, 2i + 1) where interleaved
+    out[b] = x[b] cos + x[a] sin
 
-Angles are computed from the position in float64 and their cosines and sines rounded to float32 inside the graph: no
-table limits the length.
+Paper: Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding, section 3.2.2.
+
+Cost: no parameters. R/2 cosines and sines a token, made once for all layers; in each layer 4 multiplications and 2
+additions a pair, which is 3 R for each query head and each key head. Nothing grows with the length.
+
+Cache: keys are cached as they were turned and never change. A step turns its new tokens alone.
+
+Limits: no length limit: angles are computed from the position in float64 and their cosines and sines rounded to float32
+inside the graph. R must be even and at most the head size. Past the trained length the slow pairs reach angles that
+training never saw, which is what the scaled variants are for.
 """
 
 from __future__ import annotations

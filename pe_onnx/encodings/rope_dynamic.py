@@ -1,12 +1,23 @@
 """RoPE with dynamic NTK scaling: the base grows with the length, from the trained length on.
 
-emozilla 2023; transformers 5.23 ``rope_type: dynamic`` (``dynamic_rope_update``), stateless::
+Within the trained length it is plain RoPE. A step's own length decides, as in transformers, whose rule has no state.
+
+Formula::
 
     n = max(greatest position of the step in the whole batch + 1, max_position_embeddings)
     theta' = theta * (factor n / max_position_embeddings - (factor - 1))^(R / (R - 2))
+    angle[t, i] = t * theta'^(-2i/R)
 
-A step's own length decides, and keys cached before keep the angles they had: past the trained length the logits
-depend on the chunks in which a text was run, there as here.
+Paper: emozilla 2023, dynamically scaled RoPE; transformers 5.23 ``rope_type: dynamic`` (``dynamic_rope_update``).
+
+Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
+in each layer. The R/2 frequencies are made anew at each step.
+
+Cache: keys cached before keep the angles they had, also where the base has grown since, so that keys of several bases
+stand in one cache.
+
+Limits: no length limit. Past the trained length the logits depend on the chunks in which a text was run, there as here:
+it is path dependent, and depends on the longest row of a batch. R must be at least 4.
 """
 
 from __future__ import annotations

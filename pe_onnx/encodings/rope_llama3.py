@@ -1,9 +1,21 @@
 """RoPE as Llama 3.1 extends it: long wavelengths interpolated, short ones kept, a ramp between.
 
-Llama 3.1's reference code (``apply_scaling``); transformers 5.23 ``rope_type: llama3``::
+Pairs that turn high_freq_factor times or more in the original length stay, those that turn low_freq_factor times or
+less are slowed down by the factor.
+
+Formula::
 
     s[i] = (original / wavelength[i] - low_freq_factor) / (high_freq_factor - low_freq_factor), clipped to 0 .. 1
     angle[t, i] = t * theta^(-2i/R) * (s[i] + (1 - s[i]) / factor)        wavelength[i] = 2 pi theta^(2i/R)
+
+Paper: Llama 3.1's reference code (``apply_scaling``); transformers 5.23 ``rope_type: llama3``.
+
+Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
+in each layer. The ramp is computed at the export.
+
+Cache: as ``rope``: keys are cached as they were turned and never change. The frequencies are the same at every length.
+
+Limits: no length limit in the graph. The factor is at least 1, and high_freq_factor greater than low_freq_factor.
 """
 
 from __future__ import annotations

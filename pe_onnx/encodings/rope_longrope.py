@@ -1,14 +1,25 @@
 """RoPE with LongRoPE's searched factors: one per frequency, a short set and a long one.
 
-Ding et al. 2024, equation 3; transformers 5.23 ``rope_type: longrope`` (Phi-3), stateless::
+A step's own length decides which set it takes, as in transformers, whose rule has no state.
+
+Formula::
 
     angle[t, i] = t * theta^(-2i/R) / f[i]
     f = long_factor   where the greatest position of the step in the whole batch + 1 > original_max_position_embeddings
         short_factor  elsewhere
     cosines and sines times sqrt(1 + ln(factor) / ln(original_max_position_embeddings)), at every length
 
-A step's own length decides, and keys cached before keep the angles they had: past the original length the logits
-depend on the chunks in which a text was run, there as here.
+Paper: Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens, equation 3; transformers 5.23
+``rope_type: longrope`` (Phi-3).
+
+Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
+in each layer. Both sets are in the graph, one is chosen a step.
+
+Cache: keys cached before keep the angles they had, also where the long set has taken over since, so that keys of both
+sets stand in one cache.
+
+Limits: no length limit. Past the original length the logits depend on the chunks in which a text was run, there as
+here: it is path dependent, and depends on the longest row of a batch. Each set has R/2 numbers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,21 @@
 """RoPE with layers that have none: every n-th layer sees no position at all.
 
-Yang et al. 2025, Rope to Nope and Back Again; SmolLM3 and Llama 4 (transformers 5.23 ``no_rope_layer_interval``, 4)::
+Llama 4's temperature on the queries of the layers without is not part of it.
+
+Formula::
 
     layers 0 .. n - 2, n .. 2n - 2, ...    angle[t, i] = t * theta^(-2i/R)
     layers n - 1, 2n - 1, ...              queries and keys as they are
 
-Llama 4's temperature on the queries of the layers without is not part of it.
+Paper: Yang et al. 2025, Rope to Nope and Back Again: A New Hybrid Attention Strategy; SmolLM3 and Llama 4 (transformers
+5.23 ``no_rope_layer_interval``, 4).
+
+Cost: no parameters. R/2 cosines and sines a token, made once; 3 R operations a query or key head in the layers that
+turn, none in the others.
+
+Cache: keys are cached as they were turned, or as they are, and never change.
+
+Limits: as ``rope``: no length limit; R even and at most the head size.
 """
 
 from __future__ import annotations

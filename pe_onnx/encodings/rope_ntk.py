@@ -1,8 +1,20 @@
 """RoPE with the fixed NTK-aware base: a greater base, so that low frequencies stretch and high ones stay.
 
-bloc97 2023 (NTK-aware scaled RoPE); Peng et al. 2023, YaRN, definition 1; the same at every length::
+The lowest frequency is divided by the factor, the highest stays what it was; it is the same at every length.
+
+Formula::
 
     theta' = theta * factor^(R / (R - 2))        angle[t, i] = t * theta'^(-2i/R)
+
+Paper: bloc97 2023, NTK-aware scaled RoPE; Peng et al. 2023, YaRN: Efficient Context Window Extension of Large Language
+Models, definition 1.
+
+Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
+in each layer.
+
+Cache: as ``rope``: keys are cached as they were turned and never change.
+
+Limits: no length limit in the graph. R must be at least 4, the factor at least 1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,22 @@
 """Partial RoPE: the first channels of each head turn, the rest pass as they are.
 
-GPT-NeoX (``rotary_pct``), Phi, StableLM; transformers 5.23 ``partial_rotary_factor``. The frequencies are those of a
-head of R channels::
+The frequencies are those of a head of R channels. GPT-NeoX (``rotary_pct``), Phi and StableLM have it. Every other RoPE
+variant takes R as ``rotary_dim``.
+
+Formula::
 
     R = int(partial_rotary_factor * D)        angle[t, i] = t * theta^(-2i/R), i < R/2
 
-Every other RoPE variant takes R as ``rotary_dim``.
+Paper: GPT-NeoX, Black et al. 2022, GPT-NeoX-20B: An Open-Source Autoregressive Language Model; transformers 5.23
+``partial_rotary_factor``.
+
+Cost: no parameters. R/2 cosines and sines a token, made once for all layers; 3 R operations a query or key head in each
+layer, in proportion to the share that turns.
+
+Cache: as ``rope``: keys are cached as they were turned and never change.
+
+Limits: no length limit. R must be even, above 0 and at most the head size. The channels left alone score alike at every
+distance.
 """
 
 from __future__ import annotations

@@ -1,10 +1,20 @@
 """Proportional RoPE: only the highest frequencies turn, and they stand where they stand in full RoPE.
 
-Gemma 4; transformers 5.23 ``rope_type: proportional``. Unlike ``rope_partial`` the exponent runs over the whole head,
-and the pairs (i, i + R/2) span it, so that the channels left alone are not the last ones::
+Unlike ``rope_partial`` the exponent runs over the whole head, and the pairs (i, i + R/2) span it, so that the channels
+left alone are not the last ones.
+
+Formula::
 
     angle[t, i] = t * theta^(-2i/R) / factor        i < n = int(partial_rotary_factor * R / 2)
                   0                                 otherwise
+
+Paper: Gemma 4; transformers 5.23 ``rope_type: proportional``.
+
+Cost: as ``rope``, in full: the pairs that stand still are turned by an angle of 0.
+
+Cache: as ``rope``: keys are cached as they were turned and never change.
+
+Limits: no length limit. At least one pair must turn. The pairs left alone score alike at every distance.
 """
 
 from __future__ import annotations

@@ -1,12 +1,20 @@
 """RoPE with two bases by layer type: a small one for local layers, a great one for every n-th, global layer.
 
-Gemma 3 (technical report 2025, section 2; transformers 5.23 ``rope_parameters`` nested by layer type, n = 6) and
-ModernBERT (n = 3)::
+The layers differ in their angles alone: no window. Gemma 3 has n = 6, ModernBERT n = 3.
+
+Formula::
 
     angle[t, i] = t * local_theta^(-2i/R)           layers 0 .. n - 2, n .. 2n - 2, ...
                   t * theta^(-2i/R) / factor        layers n - 1, 2n - 1, ...
 
-Both tables are made once per step. The layers differ in their angles alone: no window.
+Paper: Gemma 3 technical report 2025, section 2; transformers 5.23 ``rope_parameters`` nested by layer type.
+
+Cost: as ``rope``, but for two tables: no parameters; twice R/2 cosines and sines a token, 3 R operations a query or key
+head in each layer.
+
+Cache: as ``rope``: keys are cached as they were turned and never change. Each layer's are of its own base.
+
+Limits: as ``rope``: no length limit; R even and at most the head size.
 """
 
 from __future__ import annotations

@@ -1,14 +1,26 @@
 """RoPE by YaRN: high frequencies kept, low ones interpolated, a ramp between, and the scores sharpened.
 
-Peng et al. 2023, definition 2 and equation 22; transformers 5.23 ``rope_type: yarn``::
+With truncate the ramp begins at a whole pair and ends at one. mscale and mscale_all_dim (DeepSeek), where both are
+given, make the last factor (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
+
+Formula::
 
     pair(r) = R ln(original / (2 pi r)) / (2 ln theta)             the pair that turns r times in the original length
     ramp[i] = clip((i - pair(beta_fast)) / (pair(beta_slow) - pair(beta_fast)), 0, 1)
     angle[t, i] = t * theta^(-2i/R) * ((1 - ramp[i]) + ramp[i] / factor)
     cosines and sines times  0.1 ln(factor) + 1
 
-With truncate the ramp begins at a whole pair and ends at one. mscale and mscale_all_dim (DeepSeek), where both are
-given, make the last factor (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
+Paper: Peng et al. 2023, YaRN: Efficient Context Window Extension of Large Language Models, definition 2 and equation
+22; transformers 5.23 ``rope_type: yarn``.
+
+Cost: as ``rope``: no parameters; R/2 cosines and sines a token once for all layers, 3 R operations a query or key head
+in each layer. The ramp is computed at the export, and the factor is on the tables: the scores take it twice at no
+further cost.
+
+Cache: as ``rope``: keys are cached as they were turned and never change. The frequencies are the same at every length.
+
+Limits: no length limit in the graph. The factor is at least 1, theta greater than 1. The scores are sharpened at short
+lengths too.
 """
 
 from __future__ import annotations

@@ -1,10 +1,21 @@
 """Sinusoidal absolute positions: fixed sines and cosines of the position, added to the token embedding.
 
-Vaswani et al. 2017, section 3.5::
+The vector is added once, before the first layer. The dot product of two of these vectors depends on their distance
+alone, but each layer's weights stand between them and the scores.
+
+Formula::
 
     PE[t, 2i] = sin(t / theta^(2i/C))        PE[t, 2i + 1] = cos(t / theta^(2i/C))
 
-Computed from the position in float64 and rounded to float32 inside the graph: no table limits the length.
+Paper: Vaswani et al. 2017, Attention Is All You Need, section 3.5.
+
+Cost: no parameters. C sines and cosines and C additions a token, once, not for each layer.
+
+Cache: a cached key carries its absolute position for good; nothing is computed again. A text whose beginning is dropped
+cannot be moved to the front without running it anew.
+
+Limits: no table limits the length: computed from the position in float64 and rounded to float32 inside the graph. C
+must be even. Past the trained length the model meets vectors that it never saw.
 """
 
 from __future__ import annotations

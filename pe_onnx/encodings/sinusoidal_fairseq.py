@@ -1,13 +1,21 @@
 """Sinusoidal positions in fairseq's layout: all sines, then all cosines, behind an offset.
 
-tensor2tensor and fairseq ``SinusoidalPositionalEmbedding``; transformers 5.23 ``XGLMSinusoidalPositionalEmbedding``
-(offset 2), M2M100. The exponent runs over C/2 - 1, so that the last wavelength is 2 pi theta itself::
+The exponent runs over C/2 - 1, so that the last wavelength is 2 pi theta itself. The table's padding row, all zeros,
+stands at row offset - 1: no position reaches it.
+
+Formula::
 
     p = t + offset        w[i] = theta^(-i / (h - 1))        h = floor(C / 2)
     PE[t, i] = sin(p w[i])        PE[t, h + i] = cos(p w[i])        an odd last channel is 0
 
-The table's padding row, all zeros, stands at row offset - 1: no position reaches it. Computed in float64 and rounded to
-float32 inside the graph: no table limits the length.
+Paper: tensor2tensor and fairseq ``SinusoidalPositionalEmbedding``; transformers 5.23
+``XGLMSinusoidalPositionalEmbedding`` (offset 2), M2M100.
+
+Cost: no parameters. C sines and cosines and C additions a token, once, not for each layer.
+
+Cache: as ``sinusoidal``: a cached key carries its absolute position for good, and nothing is computed again.
+
+Limits: no table limits the length: computed in float64 and rounded to float32 inside the graph. C must be at least 4.
 """
 
 from __future__ import annotations

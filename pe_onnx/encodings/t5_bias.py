@@ -1,7 +1,25 @@
 """T5 relative bias: a learned term on the scores for each head and bucket of distances, shared by all layers.
 
-Raffel et al. 2020, section 2.1. Distances up to half the buckets have one each, farther ones share them on a
-logarithmic scale up to max_distance; the formula stands in ``custom_ops/t5_relative_bias.py``.
+Distances up to half the buckets have one each, farther ones share them on a logarithmic scale up to max_distance.
+
+Formula::
+
+    d = max(i - j, 0)        n = number of buckets, m = max_distance
+    bucket(d) = d                                                        for d < n/2
+              = min(n/2 + floor(log(2d/n) / log(2m/n) * n/2), n - 1)     otherwise
+    bias[h, i, j] = weight[bucket(d), h]
+
+Paper: Raffel et al. 2020, Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, section
+2.1; buckets as transformers 5 ``T5Attention._relative_position_bucket`` has them.
+
+Cost: num_buckets * H parameters. H T S numbers looked up a step, made once and read by all layers; for keys that are
+max_distance or more before every query one look-up is repeated.
+
+Cache: cached keys hold no position and stay as they are. The bias is made anew at each step; it depends on the distance
+alone, not on the length.
+
+Limits: no length limit; all distances from max_distance on count as one. num_buckets is at least 2, and max_distance
+greater than half of it.
 """
 
 from __future__ import annotations

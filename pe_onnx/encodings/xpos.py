@@ -1,17 +1,26 @@
-"""xPos: RoPE whose channels fade with the distance, the slow ones the more, so that far scores do not oscillate.
+"""xPos: RoPE whose channels fade with the distance, the fast ones the more, so that far scores do not oscillate.
 
-Sun et al. 2022, A Length-Extrapolatable Transformer, section 3.2, algorithm 1; torchscale's ``XPOS``, scale_base 512::
+Query and key have reciprocal factors, so that a pair's part of the score has the factor zeta[i]^(distance /
+scale_base). torchscale centres c on the length so far and turns all keys anew at each step; cached keys must stay, so c
+is a constant here, which cancels in every score.
+
+Formula::
 
     zeta[i] = (2i + 0.4 R) / (1.4 R)        angle[t, i] = t * theta^(-2i/R)
     query pair i at t:  turned by the angle, times zeta[i]^( (t - c) / scale_base)
     key pair i at t:    turned by the angle, times zeta[i]^(-(t - c) / scale_base)
 
-so that a pair's part of the score has the factor zeta[i]^(distance / scale_base). torchscale centres c on the length so
-far and turns all keys anew at each step; cached keys must stay, so c is a constant here, which cancels in every score.
+Paper: Sun et al. 2022, A Length-Extrapolatable Transformer, section 3.2, algorithm 1; torchscale's ``XPOS``, scale_base
+512.
 
-The two factors are reciprocal and grow without bound in |t - c|. Where they would leave the range of the cache's dtype
-the length ends (``max_length``), and a longer text is refused: with scale_base 512 at about 26,000 tokens in
-float32 and 4,900 in float16, in proportion to scale_base.
+Cost: no parameters. Two tables, one for queries and one for keys: R/2 cosines and sines and R powers a token, made once
+for all layers; 3 R operations a query or key head in each layer, as for ``rope``.
+
+Cache: keys are cached turned and scaled, and never change: the centre is fixed.
+
+Limits: the two factors grow without bound in |t - c|. Where they would leave the range of the cache's dtype the length
+ends (``max_length``), and a longer text is refused: with scale_base 512 at about 26,000 tokens in float32 and 4,900 in
+float16, in proportion to scale_base.
 """
 
 from __future__ import annotations
