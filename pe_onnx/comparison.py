@@ -8,10 +8,8 @@ are bundles, and without any the trained byte-level decoders that come with pe-o
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +17,14 @@ from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.comparison_figures import AtLength, Bucket, Comparison, Contestant
 from pe_onnx.contestants import BundleContestant, check_memory
 from pe_onnx.contract import storage_dtype
-from pe_onnx.errors import ConfigError, InputError, MissingDependencyError, did_you_mean, needs
+from pe_onnx.errors import ConfigError, InputError, MissingDependencyError
 from pe_onnx.fresh_process import call_fresh
 from pe_onnx.intervals import median_interval
 from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
 from pe_onnx.providers import resolve_provider
 from pe_onnx.session import MAX_THREADS
 from pe_onnx.text_bits import Text, counted, read_text, tokenized, why_no_bits, why_not, window_bits
+from pe_onnx.trained_contestants import Spec, exported, extended_rope, shipped, trained_for
 from pe_onnx.turns import Seconds, in_turns
 
 MULTIPLES = (0.5, 1, 2, 4, 8)
@@ -34,26 +33,12 @@ UNKNOWN_LENGTH = 256
 """Trained length where no contestant knows one."""
 TOKENS = 16384
 """Of the text."""
-EXTENDED_FACTOR = 4
-"""Of RoPE's trained length, which its weights are given at export."""
 PRECISION = 0.02
 LEAST_STEPS, MOST_STEPS = 20, 400
 LEAST_PROMPTS, MOST_PROMPTS = 6, 40
 BUDGET_S = 60.0
 
 Progress = Callable[[str], None]
-
-
-class Spec(NamedTuple):
-    """A decoder with trained weights that come with pe-onnx, under an encoding."""
-
-    encoding: str
-    parameters: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        values = ",".join(f"{key}={value}" for key, value in self.parameters.items())
-        return f"{self.encoding}:{values}" if values else self.encoding
 
 
 class Entrant(NamedTuple):
@@ -63,22 +48,6 @@ class Entrant(NamedTuple):
     bundle: Bundle
     shown: str
     """Where it is from."""
-
-
-def shipped() -> list[Spec]:
-    """The trained decoders that come with pe-onnx."""
-    from pe_onnx import trained_weights
-
-    return [Spec(name, {}) for name in trained_weights.names()]
-
-
-def extended_rope() -> list[Spec]:
-    """RoPE's trained weights at a longer context without further training."""
-    from pe_onnx import trained_weights
-
-    factor = {"factor": EXTENDED_FACTOR}
-    trained = {"original_max_position_embeddings": trained_weights.config("rope")["max_position_embeddings"]}
-    return [Spec("rope_linear", factor), Spec("rope_ntk", factor), Spec("rope_yarn", factor | trained)]
 
 
 def compare(
@@ -112,14 +81,18 @@ def compare(
     if extended:
         have = [spec.name for spec in specs]
         specs += [spec for spec in extended_rope() if spec.name not in have]
-    written = _text(text)
+    weights = [trained_for(spec) for spec in specs]
     read = [read_bundle(folder) for folder in folders]
     for bundle in read:
         if bundle.crossing is not None:
             raise ConfigError(f"bundle {bundle.folder} is an encoder-decoder; decoders are compared")
-    with _exported(specs, "fp16" if resolved == "CUDAExecutionProvider" else "fp32", progress) as made:
+    written = _text(text)
+    with exported(specs, weights, "fp16" if resolved == "CUDAExecutionProvider" else "fp32", progress) as made:
         entrants = [Entrant(Path(b.folder).resolve().name, b, str(b.folder)) for b in read]
-        entrants += [Entrant(spec.name, bundle, f"trained weights of {spec.encoding}") for spec, bundle in made]
+        entrants += [
+            Entrant(spec.name, bundle, f"trained weights of {name}")
+            for (spec, bundle), name in zip(made, weights, strict=True)
+        ]
         entrants = _distinct(entrants)
         trained = min((b.trained_length for _, b, _ in entrants if b.trained_length), default=None)
         wanted = sorted(set(lengths or (int(m * (trained or UNKNOWN_LENGTH)) or 1 for m in MULTIPLES)))
@@ -127,7 +100,9 @@ def compare(
         shortest = min((len(one.ids) for one in texts.values() if one is not None), default=wanted[-1])
         fitting = [length for length in wanted if length <= shortest]
         if fitting != wanted and (lengths is not None or not fitting):
-            raise InputError(f"the text has {shortest:,} tokens, fewer than a length of {wanted[-1]:,}; give a longer one")
+            raise InputError(
+                f"the text has {shortest:,} tokens, fewer than a length of {wanted[-1]:,}; give a longer one"
+            )
         report = Comparison(
             text="held-out text that comes with pe-onnx" if text is None else str(text),
             tokens=min(shortest, max(tokens, fitting[-1])),
@@ -209,9 +184,7 @@ def _note_bits(
             means = bits.mean(0) / text.bytes_per_token
             width = report.lengths[0]
             edges = [(at, min(at + width, length)) for at in range(0, length, width)]
-            figures.by_position = [
-                Bucket(a, b, float(means[max(a, 1) : b].mean())) for a, b in edges if b > max(a, 1)
-            ]
+            figures.by_position = [Bucket(a, b, float(means[max(a, 1) : b].mean())) for a, b in edges if b > max(a, 1)]
 
 
 def _note_prefill(ready: list[Contestant], timed: dict[str, BundleContestant], length: int, until: float) -> None:
@@ -245,49 +218,12 @@ def _note_decode(ready: list[Contestant], timed: dict[str, BundleContestant], le
         row.decode_ms, row.decode_interval_ms = found.median, found.interval
 
 
-@contextmanager
-def _exported(specs: Sequence[Spec], dtype: str, progress: Progress) -> Iterator[list[tuple[Spec, Bundle]]]:
-    """Bundles of trained decoders, for as long as they are measured."""
-    if not specs:
-        yield []
-        return
-    with needs("exporting the decoders that are compared", "'pe-onnx[cpu,export]', or name bundles"):
-        from pe_onnx.exporter import export
-    with tempfile.TemporaryDirectory(prefix="pe-onnx-compare-") as place:
-        made = []
-        for i, spec in enumerate(specs):
-            progress(f"export {spec.name}")
-            bundle = export(
-                encoding=spec.encoding,
-                encoding_parameters=spec.parameters,
-                weights=_weights(spec),
-                output=Path(place, str(i)),
-                dtype=dtype,
-                logits="all",
-            )
-            made.append((spec, bundle))
-        yield made
-
-
-def _weights(spec: Spec) -> str:
-    """Which trained weights a spec is over. Raises ConfigError where there are none."""
-    from pe_onnx import trained_weights
-
-    known = trained_weights.names()
-    if spec.encoding in known:
-        return spec.encoding
-    if spec.encoding.startswith("rope_") and "rope" in known:
-        return "rope"
-    hint = did_you_mean(spec.encoding, known)
-    raise ConfigError(f"encoding {spec.encoding!r} has no trained weights{hint} (they are there for: {', '.join(known)})")
-
-
 def _text(text: str | Path | None) -> str:
     if text is not None:
         return read_text(Path(text))
     from pe_onnx import trained_weights
 
-    return trained_weights.heldout().decode("utf-8")
+    return trained_weights.held_out().decode("utf-8")
 
 
 def _tokens(bundle: Bundle, text: str, tokens: int) -> Text | None:

@@ -187,7 +187,9 @@ def _for_page(svg: str, name: str, size: Sequence[float]) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[end:], flags=re.DOTALL)
     for own in ('\\bid="', 'href="#', r"url\(#"):
         body = re.sub(f"({own})", rf"\g<1>{name}-", body)
-    body = re.sub(r"font-family: [^;\"]*;?|font: (?=[\d.]+px)", lambda m: "font-size: " * m[0].startswith("font:"), body)
+    body = re.sub(
+        r"font-family: [^;\"]*;?|font: (?=[\d.]+px)", lambda m: "font-size: " * m[0].startswith("font:"), body
+    )
     body = re.sub(r"(font-size: [\d.]+px) [^;\"]*", r"\1", body)
     body = body.replace("xlink:href", "href").replace(INK.lower(), "currentColor")
     return f'<svg role="img" width="{size[0]:.0f}" height="{size[1]:.0f}"{head}{body}'

@@ -11,13 +11,13 @@ from html import escape
 from time import strftime
 from typing import Any
 
-from pe_onnx import discovery
 from pe_onnx.bench_tables import UNKNOWN, Table
 from pe_onnx.comparison import encoding_of
 from pe_onnx.comparison_figures import Comparison, Contestant
 from pe_onnx.comparison_plots import picture, plots
 from pe_onnx.comparison_tables import CANNOT, notes, tables
 from pe_onnx.errors import ConfigError, needs
+from pe_onnx.explanation import explain
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --faint: #59636e; --line: #d1d9e0; --card: #f6f8fa;
@@ -136,24 +136,34 @@ def _cards(report: Comparison) -> Iterator[str]:
         first, names = of[0], ", ".join(c.name for c in of)
         yield '<section class="card">'
         yield f"<h3>{_text(names)}</h3>"
-        yield f"<p>{_text(_about(first))}</p>"
         yield f'<p class="faint">{_text(_facts(first))}</p>'
+        yield from _about(first)
         encoding = encoding_of(first.config)
         if encoding is not None:
             yield f'<div class="wide" tabindex="0">{picture(encoding, f"encoding{i}")}</div>'
         yield "</section>"
 
 
-def _about(c: Contestant) -> str:
-    """What the encoding does, in a sentence."""
+def _about(c: Contestant) -> Iterator[str]:
+    """What the encoding is, costs and cannot, in its own file's words."""
     try:
-        return discovery.summary("encodings", c.encoding)
-    except (ConfigError, KeyError):
-        return f"The encoding of {c.bundle}."
+        about = explain(c.encoding)
+    except ConfigError:
+        yield f"<p>The encoding of {_text(c.bundle)}.</p>"
+        return
+    yield f"<p>{_text(about.title)}. {_text(about.text)}</p>"
+    for name in ("cost", "limits"):
+        words = getattr(about, name)
+        if words:
+            yield f"<p><strong>{name.capitalize()}:</strong> {_text(words)}</p>"
+    if about.paper:
+        yield f'<p class="faint">{_text(about.paper)}</p>'
 
 
 def _facts(c: Contestant) -> str:
-    weights = "weights of its own unknown" if c.encoding_weights is None else f"{c.encoding_weights:,} weights of its own"
+    weights = (
+        "weights of its own unknown" if c.encoding_weights is None else f"{c.encoding_weights:,} weights of its own"
+    )
     facts = [weights, "no limit" if c.max_length is None else f"{c.max_length:,} tokens at most"]
     if c.trained_length is not None:
         facts.append(f"trained at {c.trained_length:,} tokens")

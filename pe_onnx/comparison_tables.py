@@ -25,8 +25,8 @@ def tables(report: Comparison) -> Iterator[Table]:
 def notes(report: Comparison) -> Iterator[str]:
     """What the figures are of, and what could not be had."""
     yield (
-        f"Text: {report.text}, {report.tokens:,} tokens of it, cut into windows that are run from nothing; at each length "
-        f"the same tokens count, those that are predicted in the windows of every length."
+        f"Text: {report.text}, {report.tokens:,} tokens of it, cut into windows that are run from nothing; at each "
+        f"length the same tokens count, those that are predicted in the windows of every length."
     )
     if report.left_out:
         longer = ", ".join(f"{length:,}" for length in report.left_out)
@@ -41,8 +41,8 @@ def notes(report: Comparison) -> Iterator[str]:
             yield f"{c.name}: its logits depend on the runs; each window ran whole."
     threads = f"{report.threads} thread{'s' * (report.threads != 1)}" if report.threads else "a thread a core"
     yield (
-        f"Times are medians, contestants in turns, batch 1, {report.provider}, {threads}; memory is the resident peak of "
-        f"a process of its own. {report.elapsed_s:.0f} s in all."
+        f"Times are medians, contestants in turns, batch 1, {report.provider}, {threads}; memory is the resident "
+        f"peak of a process of its own. {report.elapsed_s:.0f} s in all."
     )
 
 
@@ -63,9 +63,10 @@ def _by_length(report: Comparison, title: str, cell: Callable[[AtLength], str]) 
 
 def _sizes(report: Comparison) -> Table:
     measured = [n for n in report.lengths if any(c.at(n).peak_memory_bytes is not None for c in report.contestants)]
-    columns = ["contestant", "encoding, weights", "encoding, bytes", "all, MB", "cache, kB/token", "load, s"]
-    columns += [f"peak at {length:,}, MB" for length in measured]
-    return Table("Sizes", columns, [_size_row(c, measured) for c in report.contestants], {"contestant"})
+    columns = ["contestant", "weights", "bytes", "all MB", "kB/token", "load s"]
+    columns += [f"MB at {length:,}" for length in measured]
+    title = "Sizes: the encoding's own weights, all weights, the cache, seconds to load, peak of memory at a length"
+    return Table(title, columns, [_size_row(c, measured) for c in report.contestants], {"contestant"})
 
 
 def _size_row(c: Contestant, measured: list[int]) -> list[str]:

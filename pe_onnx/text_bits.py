@@ -1,7 +1,7 @@
 """Bits that a bundle needs for a text in windows of a length, by position: quality past the trained length.
 
-A text's first tokens are cut into windows, each run from an empty cache, and the bits of a token are ``-log2 p`` of what
-the bundle gave it, with the window's tokens before it to go by. A window's first token is given, not predicted.
+A text's first tokens are cut into windows, each run from an empty cache, and the bits of a token are ``-log2 p`` of
+what the bundle gave it, with the window's tokens before it to go by. A window's first token is given, not predicted.
 Imports neither torch nor transformers.
 """
 
@@ -76,7 +76,8 @@ def window_bits(session: Session, ids: Sequence[int], length: int) -> Array:
     which is not predicted, is nan. What is left behind the last whole window is not run.
 
     A bundle that gives all logits runs windows one after the other, whole where its logits depend on the runs; one
-    that gives the last alone runs some at a time, token by token, to the same figures. Raises InputError for a text shorter than a window, and what the cache raises for one too long.
+    that gives the last alone runs some at a time, token by token, to the same figures. Raises InputError for a text
+    shorter than a window, and what the cache raises for one too long.
     """
     windows = len(ids) // length
     if not windows:

@@ -39,7 +39,7 @@ LAYERS = [
     ("packager", "calibration"),
     ("quantization",),
     ("beam_search", "memory_plan"),
-    ("generate", "contestants", "yardstick", "text_bits"),
+    ("generate", "contestants", "yardstick", "text_bits", "trained_contestants"),
     ("server",),
     ("operator_times", "relative"),
     ("bench_report", "baselines", "comparison_figures"),

@@ -1,4 +1,4 @@
-"""Bundles compared: the same bytes at each length, what cannot be had is said, and the figures are those of each alone."""
+"""Bundles compared: the same bytes at each length, what cannot be had is said, each has the figures it has alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from conftest import Bundles
 from test_text_bits import NEAR, WORDS, config_of, pytorch_bits
 
 import pe_onnx
-from pe_onnx import comparison
-from pe_onnx.bundle import read_bundle
-from pe_onnx.comparison import Spec, compare, encoding_of
+from pe_onnx.comparison import compare, encoding_of
 from pe_onnx.comparison_figures import Comparison
 from pe_onnx.comparison_tables import markdown, notes, tables
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.quality import TEXT
+from pe_onnx.trained_contestants import Spec, trained_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT: dict[str, Any] = {"config": {"max_position_embeddings": 64}}
@@ -158,4 +157,4 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
 
 def test_an_encoding_without_trained_weights_is_named() -> None:
     with pytest.raises(ConfigError, match="'alibo' has no trained weights; did you mean 'alibi'"):
-        comparison._weights(Spec("alibo", {}))
+        trained_for(Spec("alibo", {}))

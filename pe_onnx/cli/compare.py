@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=int, metavar="N", help="Of the text that count. [16384]")
 @click.option("--budget", type=float, metavar="S", help="Seconds for all that is timed. [60]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="An HTML report, one file.")
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), metavar="FILE", help="Tables; - is stdout.")
+@click.option(
+    "--markdown", "markdown_file", type=click.Path(path_type=Path), metavar="FILE", help="Tables; - is stdout."
+)
 @provider_option
 @threads_option
 @json_option
@@ -57,9 +59,10 @@ def command(
         with needs("an HTML report", "'pe-onnx[plot]'"):
             import matplotlib  # noqa: F401
     from pe_onnx.cli._options import stages
-    from pe_onnx.comparison import BUDGET_S, MULTIPLES, TOKENS, Spec, compare, extended_rope, shipped, stage_count
+    from pe_onnx.comparison import BUDGET_S, MULTIPLES, TOKENS, compare, stage_count
     from pe_onnx.comparison_tables import markdown
     from pe_onnx.errors import ExportError
+    from pe_onnx.trained_contestants import Spec, extended_rope, shipped
 
     chosen = [Spec(*parse_encoding(spec)) for spec in specs] or None
     exports = [*(chosen or (() if bundles else shipped())), *(extended_rope() if extended else ())]
