@@ -61,8 +61,11 @@ def trained_for(spec: Spec) -> str:
 def exported(
     specs: Sequence[Spec], weights: Sequence[str], dtype: str, progress: Progress
 ) -> Iterator[list[tuple[Spec, Bundle]]]:
-    """Bundles of trained decoders, for as long as they are measured. weights: of each, by the encoding they were trained
-    with. Raises MissingDependencyError without PyTorch, and what ``export`` raises."""
+    """Bundles of trained decoders, for as long as they are measured.
+
+    weights: of each, by the encoding they were trained with. Raises MissingDependencyError without PyTorch, and what
+    ``export`` raises.
+    """
     if not specs:
         yield []
         return
