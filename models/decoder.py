@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pe_onnx import trained_weights
 from pe_onnx.config import DecoderConfig
 from pe_onnx.encoding import PositionalEncoding, Tables, build_encoding
+from pe_onnx.errors import ConfigError
 from pe_onnx.models.attention import Step
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -22,6 +24,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+}
+
+
+_KIND = {
+    "none": "decoder without positions",
+    "embed": "vector on the embedding",
+    "rotate": "rotation of queries and keys",
+    "bias": "bias on the scores",
+    "layer": "mix of encodings by layer",
 }
 
 
@@ -120,6 +131,8 @@ class Decoder(nn.Module):
         self._draw_weights()
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
+        if config.weights is not None:
+            self._load(config.weights)
         self.eval()
 
     def forward(
@@ -144,6 +157,21 @@ class Decoder(nn.Module):
         logits = self.head(self.norm(x))
         c = self.config.logit_softcap
         return c * torch.tanh(logits / c) if c else logits
+
+    def _load(self, weights: str) -> None:
+        """Trained ones. Raises ConfigError where they belong to another architecture, or another kind of encoding."""
+        trained = DecoderConfig.from_dict(trained_weights.config(weights))
+        hook = build_encoding(trained).hook
+        if hook != self.encoding.hook:
+            raise ConfigError(
+                f"weights = {weights!r} were trained with a {_KIND[hook]}, and {self.config.encoding!r} is a "
+                f"{_KIND[self.encoding.hook]}"
+            )
+        try:
+            self.load_state_dict(trained_weights.read(weights))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"weights = {weights!r} do not fit this decoder: {reason}") from None
 
     def _draw_weights(self) -> None:
         """Unit-variance queries, keys and residual branches; a seed's numbers hold for a version of PyTorch."""

@@ -80,6 +80,8 @@ class DecoderConfig:
     logit_softcap: float = 0.0
     seed: Seed = 0
     """Of the random weights."""
+    weights: str | None = None
+    """Trained ones that come with pe-onnx, by the encoding they were trained with; None for random ones."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

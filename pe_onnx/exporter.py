@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pe_onnx import contract
+from pe_onnx import contract, trained_weights
 from pe_onnx.bundle import Bundle, check_output
 from pe_onnx.config import DecoderConfig
 from pe_onnx.errors import ConfigError, PeOnnxError, did_you_mean, needs
@@ -40,6 +40,7 @@ def export(
     rope_scaling: str | Mapping[str, Any] | None = None,
     follow_transformers: bool | None = None,
     preset: str | None = None,
+    weights: str | None = None,
     config: Mapping[str, Any] | None = None,
     target: str = "ort",
     dtype: str = "fp32",
@@ -55,10 +56,11 @@ def export(
 ) -> Bundle:
     """Export to the bundle folder ``output`` and return it.
 
-    One of: ``encoding`` (with ``encoding_parameters``, ``preset`` and fields of DecoderConfig in ``config``) for our
-    own decoder; ``model`` or a path as ``source`` for a checkpoint, a Hugging Face folder or a GGUF file; a module as
-    ``source`` that follows the graph contract, ``module(input_ids, attention_mask, position_ids, past_key_values)``
-    to logits and presents, with its ``layers``, ``kv_heads`` and ``head_size``.
+    One of: ``encoding`` for our own decoder (with what ``decoder_config`` takes: ``encoding_parameters``, ``preset``,
+    ``weights`` and fields of DecoderConfig in ``config``); ``model`` or a path as ``source`` for a checkpoint, a
+    Hugging Face folder or a GGUF file; a module as ``source`` that follows the graph contract,
+    ``module(input_ids, attention_mask, position_ids, past_key_values)`` to logits and presents, with its ``layers``,
+    ``kv_heads`` and ``head_size``.
 
     rope_scaling: a longer context for a checkpoint that has plain RoPE, ``"yarn:factor=4"`` or a mapping with its
     ``rope_type``. follow_transformers: let keys of the checkpoint's configuration through that transformers ignores.
@@ -86,7 +88,12 @@ def export(
         raise ConfigError(f"give one of encoding, model and a module; received {' and '.join(given) or 'none'}")
 
     belonging: dict[str, dict[str, Any]] = {
-        "encoding": {"encoding_parameters": encoding_parameters, "preset": preset, "config": config},
+        "encoding": {
+            "encoding_parameters": encoding_parameters,
+            "preset": preset,
+            "weights": weights,
+            "config": config,
+        },
         "model": {"rope_scaling": rope_scaling, "follow_transformers": follow_transformers},
         "a module": {"layers": layers, "kv_heads": kv_heads, "head_size": head_size},
     }
@@ -99,15 +106,7 @@ def export(
         progress("load")
         last_only = logits == "last"
         if encoding is not None:
-            for key in {"encoding", "encoding_parameters"} & (config or {}).keys():
-                raise ConfigError(f"{key!r} cannot stand among the configuration's fields: it has its own argument")
-            fields = {
-                "encoding": encoding,
-                "encoding_parameters": dict(encoding_parameters or {}),
-                **(config or {}),
-            }
-            preset = preset or "tiny"
-            resolved = DecoderConfig.preset(preset, **fields)
+            resolved, preset = decoder_config(encoding, encoding_parameters, preset, weights, config)
             exportable = from_config(resolved, cast(contract.Target, target), last_only, preset, dtype)
         elif model is not None:
             with needs("a checkpoint", "'pe-onnx[export]'"):
@@ -139,6 +138,36 @@ def export(
             part.file: to_onnx(part, limit, target, dtype, progress) for part in parts(exportable, torch_dtype, logits)
         }
         return write(models, exportable, Path(output), target, dtype, logits, force, verify, progress, window_cache)
+
+
+def decoder_config(
+    encoding: str,
+    parameters: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    weights: str | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> tuple[DecoderConfig, str | None]:
+    """Our own decoder, and the preset it was made from.
+
+    weights: trained ones that come with pe-onnx, by the encoding they were trained with; a variant of it can have them
+    too, and of the fields ``max_position_embeddings``. preset: a size with random weights, ``tiny`` where only fields
+    are given. An encoding that has weights, with neither parameters nor any of these, has its own. Raises ConfigError.
+    """
+    fields = dict(fields or {})
+    for key in ("encoding", "encoding_parameters", "weights"):
+        if key in fields:
+            raise ConfigError(f"{key!r} cannot stand among the configuration's fields: it has its own argument")
+    own = {"encoding": encoding, "encoding_parameters": dict(parameters or {})}
+    if weights is None and preset is None and not fields and not parameters and encoding in trained_weights.names():
+        weights = encoding
+    if weights is None:
+        preset = preset or "tiny"
+        return DecoderConfig.preset(preset, **own, **fields), preset
+    if preset is not None:
+        raise ConfigError(f"preset = {preset!r} is for random weights; weights = {weights!r} bring their own sizes")
+    if others := sorted(fields.keys() - {"max_position_embeddings"}):
+        raise ConfigError(f"{others[0]!r} is for random weights; weights = {weights!r} bring their own configuration")
+    return DecoderConfig.from_dict({**trained_weights.config(weights), **own, "weights": weights, **fields}), None
 
 
 class FloatLogits(nn.Module):

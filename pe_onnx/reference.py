@@ -40,7 +40,7 @@ def from_manifest(manifest: Mapping[str, Any], hold: Hold = as_it_is) -> tuple[R
     source = manifest["source"]
     if source["kind"] == "encoding":
         config = DecoderConfig.from_dict(source["config"])
-        decoder, name = hold(Decoder(config)), f"PyTorch, {config.encoding} decoder, seed {config.seed}"
+        decoder, name = hold(Decoder(config)), f"PyTorch, {config.encoding} decoder, {_weights(config)}"
         if decoder.encoding.path_dependent:
             return CachedReference(lambda: plain_with_cache(decoder)), f"{name}, run by run"
         return from_module(PlainDecoder(decoder)), name
@@ -51,6 +51,10 @@ def from_manifest(manifest: Mapping[str, Any], hold: Hold = as_it_is) -> tuple[R
         scaling = source.get("rope_scaling")
         return from_checkpoint(path, scaling, hold), f"transformers, {path}{_scaled(scaling)}"
     raise CheckpointError(f"the bundle was exported from a module, {source['class']}; hand it in as the reference")
+
+
+def _weights(config: DecoderConfig) -> str:
+    return f"seed {config.seed}" if config.weights is None else f"weights trained with {config.weights}"
 
 
 def from_checkpoint(

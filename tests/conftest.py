@@ -163,9 +163,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.fixture(scope="session")
 def bundles(shared: Shared) -> Bundles:
-    """``bundles("rope", "ort", preset="tiny", dtype="fp32", ...)``: the folder, exported at the first call."""
+    """``bundles("rope", "ort", preset="tiny", dtype="fp32", ...)``: the folder, exported at the first call; with random
+    weights where nothing is said of them."""
 
     def get(encoding: str, target: str = "ort", **options: Any) -> Path:
+        if not {"preset", "weights"} & options.keys():
+            options["preset"] = "tiny"
+
         def make(folder: Path) -> None:
             import pe_onnx
 

@@ -18,7 +18,7 @@ LAYERS = [
     ("intervals", "graph_nodes", "external_weights", "fresh_process", "yardstick_model", "prepared", "cuda_memory"),
     ("attribution", "turns", "providers"),
     ("device_arrays", "doctor"),
-    ("placing",),
+    ("placing", "trained_weights"),
     ("bundle",),
     ("prepared_graph",),
     ("session",),

@@ -72,7 +72,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         "pe_onnx/calibration.txt",
         "pe_onnx/quality.txt",
         "pe_onnx/check.schema.json",
-        *(f"pe_onnx/web/{path.name}" for path in (ROOT / "pe_onnx" / "web").iterdir()),
+        *(f"pe_onnx/{name}/{path.name}" for name in ("trained", "web") for path in (ROOT / "pe_onnx" / name).iterdir()),
     }
 
 

@@ -22,8 +22,19 @@ from pe_onnx.cli._options import human_bytes, parse_assignments, parse_encoding,
 @click.option("--model", metavar="PATH", help="A checkpoint: a Hugging Face folder or a GGUF file.")
 @click.option("--rope-scaling", metavar="TYPE:KEY=VALUE,...", help="A longer context for a checkpoint: yarn:factor=4.")
 @click.option("--follow-transformers", is_flag=True, help="Let keys of config.json through that transformers ignores.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bundle folder.")
-@click.option("--preset", default=None, metavar="NAME", help="Size of our own decoder: tiny, small or base. [tiny]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("bundle"),
+    metavar="DIR",
+    show_default=True,
+    help="Bundle folder.",
+)
+@click.option(
+    "--weights", metavar="NAME", help="Trained ones of our own decoder. [those of the encoding, if it has any]"
+)
+@click.option("--preset", default=None, metavar="NAME", help="Random weights: tiny, small or base.")
 @click.option("--set", "fields", multiple=True, metavar="KEY=VALUE", help="A field of our own decoder's configuration.")
 @click.option("--target", default="ort", metavar="ort|portable", show_default=True, help="Who runs it.")
 @click.option("--dtype", default="fp32", metavar="fp32|fp16|bf16", show_default=True, help="Of weights and cache.")
@@ -41,6 +52,7 @@ def command(
     rope_scaling: str | None,
     follow_transformers: bool,
     output: Path,
+    weights: str | None,
     preset: str | None,
     fields: tuple[str, ...],
     target: str,
@@ -62,8 +74,8 @@ def command(
 
     if (encoding is None) == (model is None):
         raise click.UsageError("give one of --encoding and --model")
-    if model is not None and (preset or fields):
-        raise click.UsageError("--preset and --set are for --encoding; a checkpoint brings its own configuration")
+    if model is not None and (weights or preset or fields):
+        raise click.UsageError("--weights, --preset and --set are for --encoding; a checkpoint brings its own")
     if encoding is not None and (rope_scaling or follow_transformers):
         raise click.UsageError("--rope-scaling and --follow-transformers are for --model")
     check_output(output, force)
@@ -81,7 +93,8 @@ def command(
             "encoding": name,
             "encoding_parameters": parameters,
             "config": config,
-            "preset": preset or "tiny",
+            "preset": preset,
+            "weights": weights,
         }
     begin = time.perf_counter()
     rounded = bits is not None or cache is not None
@@ -109,10 +122,11 @@ def command(
         click.echo(
             f"pe-onnx: warning: transformers ignores {key} = {json.dumps(value)}, and so does {output}", err=True
         )
+    weights = "trained, " if bundle.manifest["source"].get("config", {}).get("weights") else ""
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     kinds = [dtype, *([f"int{bits}"] if bits else []), *(["int8 cache"] if cache else [])]
     click.echo(
-        f"{output}: {bundle.manifest['encoding']['name']}, {target}, {', '.join(kinds)}, {human_bytes(size)} "
+        f"{output}: {bundle.manifest['encoding']['name']}, {weights}{target}, {', '.join(kinds)}, {human_bytes(size)} "
         f"in {time.perf_counter() - begin:.1f} s",
         err=True,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pe_onnx.cli._options import bundle_argument, json_option, parse_bytes, print_json, provider_option, threads_option
+from pe_onnx.cli._options import json_option, parse_bytes, print_json, provider_option, threads_option
 
 if TYPE_CHECKING:
     from pe_onnx.generate import Model, Timing
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from pe_onnx.sampling import SamplingOptions
 
 
+OPENING = "In the beginning"
+"""A prompt where there is none, and nobody has named a bundle: a first look at what was just exported."""
+
+
 @click.command()
-@bundle_argument
+@click.argument("bundle", type=click.Path(), metavar="[DIR]", required=False)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("-n", "--max-new-tokens", default=128, metavar="N", show_default=True, help="Tokens to make at most.")
 @click.option("--temperature", default=0.0, metavar="X", help="0 takes the most likely token. [0]")
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
 @threads_option
 @json_option
 def command(
-    bundle: str,
+    bundle: str | None,
     prompts: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
@@ -80,7 +84,8 @@ def command(
     """Generate text from a bundle.
 
     One prompt streams, unless with beams; several run as one batch. Without a prompt it is read from standard input.
-    A decoder continues its prompt, an encoder-decoder answers it. Speed goes to stderr.
+    A decoder continues its prompt, an encoder-decoder answers it. Speed goes to stderr. Without DIR it is the folder
+    "bundle", where pe-onnx export puts one; then a prompt may be missing altogether.
     """
     from pe_onnx.beam_search import BeamOptions
     from pe_onnx.generate import load
@@ -106,7 +111,7 @@ def command(
         raise click.UsageError(f"{'--save-cache' if save_cache else '--load-cache'} is not for --beams")
     if save_cache:
         check_writable(save_cache)
-    model = load(bundle, provider, threads, verify=not no_verify)
+    model = load(bundle or "bundle", provider, threads, verify=not no_verify)
     if model.session.device.kind == "cuda" and model.session.not_captured:
         reason = model.session.not_captured
         click.echo(f"pe-onnx: steps are launched one kernel at a time, not as a CUDA graph: {reason}", err=True)
@@ -120,7 +125,10 @@ def command(
         if model.encoder is not None and given:
             raise click.UsageError(f"{option} is for a decoder; an encoder-decoder answers its source, give that alone")
     if not prompts and tokens is None and not interactive:
-        prompts = (_read_stdin(),)
+        text = "" if bundle is None and sys.stdin.isatty() else _read_stdin()
+        if not text and bundle is not None:
+            raise click.UsageError("no prompt: give one as an argument or on standard input")
+        echo, prompts = echo or (not text and model.encoder is None), (text or OPENING,)
     cache = model.load_cache(load_cache, max_length) if load_cache else None
     if interactive:
         cache = cache or model.cache(1, max_length)
@@ -189,10 +197,7 @@ def _report(t: Timing) -> None:
 def _read_stdin() -> str:
     if sys.stdin.isatty():
         click.echo("prompt (end with Ctrl-D):", err=True)
-    text = sys.stdin.read().removesuffix("\n")
-    if not text:
-        raise click.UsageError("no prompt: give one as an argument or on standard input")
-    return text
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _token_ids(text: str) -> list[int]:

@@ -109,6 +109,8 @@ def _proof(proof: dict[str, Any]) -> str:
 def _source(source: dict[str, Any]) -> str:
     if source["kind"] == "encoding":
         c = source["config"]
+        if c.get("weights") is not None:
+            return f"our own decoder, {c['num_hidden_layers']} layers, weights trained with {c['weights']}"
         return f"our own decoder, preset {source['preset']}, {c['num_hidden_layers']} layers, seed {c['seed']}"
     if source["kind"] == "checkpoint":
         return f"{source['model_type']} checkpoint {source['path']}"
