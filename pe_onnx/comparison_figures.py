@@ -125,13 +125,15 @@ class Comparison:
         stopped = [c.name for c in self.contestants if c.at(longest).cannot]
         if stopped:
             yield f"{', '.join(stopped)} cannot run so long a text."
-        timed = [(row.decode_ms, c.name) for c in self.contestants if (row := c.at(longest)).decode_ms is not None]
-        if len(timed) > 1:
-            (fast, first_name), (slow, last_name) = min(timed), max(timed)
-            yield (
-                f"A step behind {longest - 1:,} tokens takes {fast:.3g} ms with {first_name} and {slow:.3g} ms with "
-                f"{last_name}."
-            )
+        yield from self._quickest(longest)
+
+    def _quickest(self, length: int) -> Iterator[str]:
+        """The quickest step and the slowest, where their intervals are apart."""
+        timed = [(row.decode_ms, row.decode_interval_ms, c.name) for c in self.contestants for row in (c.at(length),)]
+        known = sorted((ms, interval, name) for ms, interval, name in timed if ms is not None and interval is not None)
+        if len(known) > 1 and known[0][1][1] < known[-1][1][0]:
+            (fast, _, first), (slow, _, last) = known[0], known[-1]
+            yield f"A step behind {length - 1:,} tokens takes {fast:.3g} ms with {first} and {slow:.3g} ms with {last}."
 
     def _kept(self) -> Iterator[tuple[str, float, float]]:
         """Contestants that need no more bits at the greatest length than at the trained one: name, then, now."""

@@ -7,13 +7,12 @@ nothing refers to anything outside.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from io import BytesIO
-from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pe_onnx.comparison_figures import AtLength, Comparison, Contestant
-from pe_onnx.plots import INK, LOG_FROM, STYLE, STYLES
+from pe_onnx.plots import DODGE, INK, LOG_FROM, STYLE, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,27 +84,29 @@ def _lines(
     name: str,
     unit: str,
     value: Callable[[AtLength], float | None],
-    interval: Callable[[AtLength], tuple[float, float] | None] = lambda row: None,
+    interval: Callable[[AtLength], tuple[float, float] | None] | None = None,
 ) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for i, c in enumerate(report.contestants):
+            aside = DODGE ** (i - (len(report.contestants) - 1) / 2) if interval is not None else 1.0
             rows = [row for row in c.lengths if value(row) is not None]
+            lengths = [row.length_tokens * aside for row in rows]
             values = [value(row) or 0.0 for row in rows]
-            spans = [interval(row) or (nan, nan) for row in rows]  # of a few samples no bar is drawn
-            errors = [[y - low for y, (low, _) in zip(values, spans, strict=True)]]
-            errors += [[high - y for y, (_, high) in zip(values, spans, strict=True)]]
-            lengths = [row.length_tokens for row in rows]
-            axes.errorbar(lengths, values, yerr=errors, capsize=2, **_style(i), label=_label(c, report))
+            axes.plot(lengths, values, **_style(i), label=_label(c, report))
+            for x, span in zip(lengths, map(interval, rows) if interval is not None else (), strict=False):
+                if span is not None:  # of a few samples no bar is drawn
+                    axes.plot([x, x], span, color=_style(i)["color"], alpha=0.5, linewidth=1.2)
         every = [y for c in report.contestants for row in c.lengths if (y := value(row)) is not None]
         if every and min(every) > 0 and max(every) > LOG_FROM * min(every):
             _logarithmic(axes)
-        elif name == "decode":
-            axes.set_ylim(bottom=0)
+        elif interval is not None and every:
+            axes.set_ylim(0, 1.25 * max(every))  # a bar of a disturbed measurement may leave the figure
+            axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_xscale("log", base=2)
         axes.minorticks_off()
         axes.set_xticks(report.lengths, [f"{length:,}" for length in report.lengths])
-        _finish(figure, axes, report, "tokens", unit)
+        _finish(figure, axes, report, "length, tokens", unit)
 
     return _svg(draw, name)
 
@@ -176,12 +177,15 @@ def _svg(draw: Callable[[Figure], None], name: str) -> str:
         draw(figure)
         image = BytesIO()
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-        width, height = figure.get_size_inches()
-    return _for_page(image.getvalue().decode(), name, (96 * width, 96 * height))
+        width = 96 * figure.get_size_inches()[0]
+    return _for_page(image.getvalue().decode(), name, width)
 
 
-def _for_page(svg: str, name: str, size: Sequence[float]) -> str:
-    """Without the file's head, metadata and fonts, and the names of its parts made this figure's own."""
+def _for_page(svg: str, name: str, width: float) -> str:
+    """Without the file's head, metadata and fonts, and the names of its parts made this figure's own.
+
+    width: CSS pixels of its natural size, which the page's rules know as ``--width``.
+    """
     begin, end = svg.index("<svg"), svg.index(">", svg.index("<svg"))
     head = re.sub(r'\s(?:width|height|xmlns(?::xlink)?|version)="[^"]*"', "", svg[begin + len("<svg") : end])
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[end:], flags=re.DOTALL)
@@ -192,4 +196,4 @@ def _for_page(svg: str, name: str, size: Sequence[float]) -> str:
     )
     body = re.sub(r"(font-size: [\d.]+px) [^;\"]*", r"\1", body)
     body = body.replace("xlink:href", "href").replace(INK.lower(), "currentColor")
-    return f'<svg role="img" width="{size[0]:.0f}" height="{size[1]:.0f}"{head}{body}'
+    return f'<svg role="img" style="--width: {width:.0f}px"{head}{body}'

@@ -36,10 +36,10 @@ p { margin: .25rem 0 .5rem; max-width: 46rem }
 figure { margin: 0; min-width: 0 }
 svg { display: block; color: var(--faint); overflow: visible }
 svg * { stroke-linejoin: round; stroke-linecap: butt }
-.grid svg { width: 100%; max-width: 36rem; height: auto }
+.grid svg { width: 100%; height: auto; max-width: 36rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9375rem; margin-bottom: 1.5rem }
-caption { text-align: left; font-weight: 600; padding-bottom: .375rem }
+.card svg { width: 100%; height: auto; min-width: 36rem; max-width: var(--width) }
 th, td { padding: .25rem 1rem .25rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { font-weight: 400; color: var(--faint); vertical-align: bottom; white-space: normal; min-width: 4.5rem }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page) }
@@ -49,9 +49,8 @@ td.best { color: var(--best); font-weight: 600 }
 code { font-size: .875em; overflow-wrap: anywhere }
 li { margin: .25rem 0; max-width: 46rem }
 """
-HIGHER_IS_BETTER = "Prefill"
-SCORED = ("Bits", "Decode", "Prefill")
-"""How titles of tables begin whose best figure of each column stands out."""
+SCORED = "Bits"
+"""How the title of a table begins whose least figure of each column stands out; a time's may be the machine's mood."""
 
 
 def to_html(report: Comparison) -> str:
@@ -101,7 +100,7 @@ def _head(report: Comparison) -> Iterator[str]:
 
 def _table(table: Table) -> str:
     best = _best(table)
-    lines = [f'<div class="wide" tabindex="0"><table><caption>{_text(table.title)}</caption>', "<thead><tr>"]
+    lines = [f'<h3>{_text(table.title)}</h3><div class="wide" tabindex="0"><table>', "<thead><tr>"]
     lines += [f'<th scope="col">{_text(name)}</th>' for name in table.columns]
     lines += ["</tr></thead><tbody>"]
     for i, row in enumerate(table.rows):
@@ -114,16 +113,15 @@ def _table(table: Table) -> str:
 
 
 def _best(table: Table) -> set[tuple[int, int]]:
-    """Row and column of each column's best figure, where there are several contestants."""
+    """Row and column of each column's least figure, where there are several contestants."""
     if not table.title.startswith(SCORED) or len(table.rows) < 2:
         return set()
-    pick = max if table.title.startswith(HIGHER_IS_BETTER) else min
     found = set()
     for j in range(1, len(table.columns)):
         figures = {
             i: float(row[j].replace(",", "")) for i, row in enumerate(table.rows) if row[j] not in (CANNOT, UNKNOWN)
         }
-        found |= {(i, j) for i, value in figures.items() if value == pick(figures.values())}
+        found |= {(i, j) for i, value in figures.items() if value == min(figures.values())}
     return found
 
 

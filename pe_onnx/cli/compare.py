@@ -107,7 +107,8 @@ def _print(report: Comparison, to_stderr: bool) -> None:
         title = escape(figures.title)
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
         for name in figures.columns:
-            table.add_column(name, justify="left" if name in figures.left else "right")
+            words = name in figures.left
+            table.add_column(name, justify="left" if words else "right", no_wrap=words, overflow="fold")
         for row in figures.rows:
             table.add_row(*map(escape, row))
         console.print(table)
