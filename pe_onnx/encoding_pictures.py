@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pe_onnx.errors import needs
-from pe_onnx.plots import BLUE, INK, STYLE, STYLES, VERMILLION
+from pe_onnx.plots import BLUE, INK, PURPLE, STYLE, STYLES, VERMILLION
 
 with needs("the picture of an encoding", "'pe-onnx[export]'"):
     import torch
@@ -111,6 +111,7 @@ def _limited(encoding: PositionalEncoding, length: int) -> int:
     return min(length, encoding.max_length or length)
 
 
+@torch.no_grad()
 def vectors(encoding: PositionalEncoding, length: int) -> Array:
     """``[length, C]``, what is added to the embedding at positions 0 .. length - 1."""
     return encoding.embed(torch.arange(length)[None])[0].double().numpy()
@@ -153,6 +154,7 @@ def rotated_scores(encoding: PositionalEncoding, reach: int) -> ByDistance:
     return ByDistance(np.nanmean(found, 0), np.nanmin(found, 0), np.nanmax(found, 0))
 
 
+@torch.no_grad()
 def biases(encoding: PositionalEncoding, reach: int, query: int) -> Array:
     """``[H, reach]``, the term on the scores of the query at a position by the distance of the key."""
     bias = encoding.bias(torch.tensor([[query]]), None, query + 1)[0, :, 0]  # [H, S]
@@ -283,13 +285,18 @@ def _level(axes: Any, value: float, label: str) -> None:
     axes.annotate(label, ha="left", va="center", fontsize=8.5, **place)
 
 
-def _heads(axes: Any, values: Array, label: str, line: str = "-") -> None:
-    import matplotlib
+def shades(count: int) -> list[str]:
+    """Colours in a row, all of middle lightness."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
 
+    row = LinearSegmentedColormap.from_list("heads", [BLUE, PURPLE, VERMILLION])
+    return [to_hex(row(x)) for x in np.linspace(0, 1, count)]
+
+
+def _heads(axes: Any, values: Array, label: str, line: str = "-") -> None:
     H = len(values)
-    shades = matplotlib.colormaps["plasma"](np.linspace(0.1, 0.75, H))
-    for h, row in enumerate(values):
-        color = STYLES[h][0] if H <= MOST_STYLES else shades[h]
+    colors = [style[0] for style in STYLES] if H <= MOST_STYLES else shades(H)
+    for h, (row, color) in enumerate(zip(values, colors, strict=False)):
         named = label or (f"head {h}" if H <= MOST_STYLES or h in (0, H - 1) else "_")
         axes.plot(row, color=color, linestyle=line, linewidth=1.4, label=named if not label or h == 0 else "_")
 

@@ -169,3 +169,12 @@ from pe_onnx.server.options import ServerOptions
 print(create_app(pe_onnx.load(sys.argv[1]), ServerOptions("m")).title)
 """
     assert without(EXPORT_HALF, code, bundles("rope")).stdout == "pe-onnx\n"
+
+
+def test_an_encoding_is_explained_without_either_half() -> None:
+    hidden = EXPORT_HALF | {"onnxruntime", "matplotlib"}
+    result = without(hidden, MAIN, "explain", "rope")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Su et al. 2021" in result.stdout
+    for option in ("--count", "--graph"):
+        refused(without(hidden, MAIN, "explain", "rope", option), 2, "pip install 'pe-onnx[export]'")

@@ -123,7 +123,7 @@ def _rows(
     if figures is not None:
         yield f"counted, {preset}", _counted(figures)
     if about.missing:
-        yield "missing", f"its docstring has no {' and no '.join(s.capitalize() + ':' for s in about.missing)}"
+        yield "missing", f"sections of its docstring: {', '.join(section.capitalize() for section in about.missing)}"
 
 
 def _sentence(text: str) -> str:
