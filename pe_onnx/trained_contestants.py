@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pe_onnx import trained_weights
 from pe_onnx.bundle import Bundle
-from pe_onnx.errors import ConfigError, did_you_mean, needs
+from pe_onnx.errors import ConfigError, did_you_mean
 
 EXTENDED_FACTOR = 4
 """Of RoPE's trained length, which its weights are given at export."""
@@ -52,9 +52,7 @@ def trained_for(spec: Spec) -> str:
     if spec.encoding.startswith("rope_") and "rope" in known:
         return "rope"
     hint = did_you_mean(spec.encoding, known)
-    raise ConfigError(
-        f"encoding {spec.encoding!r} has no trained weights{hint} (they are there for: {', '.join(known)})"
-    )
+    raise ConfigError(f"encoding {spec.encoding!r} has no trained weights{hint} (known: {', '.join(known)})")
 
 
 @contextmanager
@@ -69,8 +67,8 @@ def exported(
     if not specs:
         yield []
         return
-    with needs("exporting the decoders that are compared", "'pe-onnx[cpu,export]', or name bundles"):
-        from pe_onnx.exporter import export
+    from pe_onnx.exporter import export  # PyTorch
+
     with tempfile.TemporaryDirectory(prefix="pe-onnx-compare-") as place:
         made = []
         for i, spec in enumerate(specs):

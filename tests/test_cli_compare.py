@@ -62,7 +62,7 @@ MISTAKES = [
     ("compare {rope} -o -", ["-o -", "file"]),
     ("compare {rope} --markdown - --json", ["--markdown and --json name one file, -"]),
     ("compare {rope} -o x --markdown ./x", ["--markdown and -o name one file, x"]),
-    ("compare --encoding alibo", ["'alibo'", "alibi"]),
+    ("compare --encoding alibo", ["'alibo'", "has no trained weights"]),
     ("compare --encoding rope:theta", ["name=value"]),
     ("compare {rope} --extend", ["--extend", "--extended"]),
 ]

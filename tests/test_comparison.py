@@ -19,7 +19,6 @@ from pe_onnx.comparison_figures import Comparison
 from pe_onnx.comparison_tables import markdown, notes, tables
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.quality import TEXT
-from pe_onnx.trained_contestants import Spec, trained_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT: dict[str, Any] = {"config": {"max_position_embeddings": 64}}
@@ -153,8 +152,3 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     pe_onnx.export(model=tmp_path / "c", output=tmp_path / "b", verify=False)
     with pytest.raises(ConfigError, match="encoder-decoder"):
         compare([tmp_path / "b"], text=TEXT)
-
-
-def test_an_encoding_without_trained_weights_is_named() -> None:
-    with pytest.raises(ConfigError, match="'alibo' has no trained weights; did you mean 'alibi'"):
-        trained_for(Spec("alibo", {}))
