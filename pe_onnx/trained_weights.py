@@ -68,4 +68,4 @@ def write(folder: Path, name: str, state: Mapping[str, Any], record: Mapping[str
 
     tensors = {key: tensor.half().contiguous() for key, tensor in state.items()}
     write_report(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    write_report(folder / f"{name}.safetensors", save(tensors, {"format": "pt", "licence": "Apache-2.0"}))
+    write_report(folder / f"{name}.safetensors", save(tensors, {"format": "pt"}))
