@@ -86,6 +86,7 @@ def compare(
         specs += [spec for spec in extended_rope() if spec.name not in have]
     if not specs and not folders:
         raise ConfigError("no bundle is given, and this installation of pe-onnx has no trained weights; name bundles")
+    progress("read")
     weights = [trained_for(spec) for spec in specs]
     read = [read_bundle(folder) for folder in folders]
     for bundle in read:
@@ -128,7 +129,7 @@ def compare(
 
 def stage_count(folders: int, specs: int, lengths: int) -> int:
     """Calls of ``progress`` that ``compare`` makes, for a bar."""
-    return specs + (folders + specs) * (1 + lengths) + 2 * lengths
+    return 1 + specs + (folders + specs) * (1 + lengths) + 2 * lengths
 
 
 def _measure(
