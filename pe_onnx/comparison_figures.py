@@ -122,10 +122,25 @@ class Comparison:
             )
         for name, was, now in self._kept():
             yield f"{name} is no worse there than at its trained length: {now:.3f} against {was:.3f}."
+        yield from self._extended()
         stopped = [c.name for c in self.contestants if c.at(longest).cannot]
         if stopped:
             yield f"{', '.join(stopped)} cannot run so long a text."
         yield from self._quickest(longest)
+
+    def _extended(self) -> Iterator[str]:
+        """Trained weights as they are and under variants of their encoding, at the length that these are for."""
+        for base in self.contestants:
+            weights = (base.config or {}).get("weights")
+            if weights is None or base.encoding != weights or base.trained_length is None:
+                continue
+            variants = [c for c in self.contestants if c is not base and (c.config or {}).get("weights") == weights]
+            factor = max((float(c.parameters.get("factor", 1)) for c in variants), default=1.0)
+            length = max((n for n in self.lengths if n <= factor * base.trained_length), default=0)
+            bits = [(c.name, c.at(length).bits_per_byte) for c in (base, *variants)] if length else []
+            known = [f"{name} {value:.3f}" for name, value in bits if value is not None]
+            if len(known) > 1 and length > base.trained_length:
+                yield f"At {length:,} tokens, without further training: {', '.join(known)} bits per byte."
 
     def _quickest(self, length: int) -> Iterator[str]:
         """The quickest step and the slowest, where their intervals are apart."""

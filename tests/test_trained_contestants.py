@@ -57,6 +57,15 @@ def test_a_variant_has_the_weights_of_rope(made_up: DecoderConfig) -> None:
         assert abs(pytorch_bits(wrong, WORDS[:640], 64).mean() - bits) > 10 * NEAR
 
 
+@pytest.mark.usefixtures("made_up", "one_thread")
+def test_the_longer_context_is_a_finding() -> None:
+    """At the length that the variant is for, which is not the greatest."""
+    found = compare(encodings=[Spec("rope", {}), extended_rope()[1]], lengths=[128, 160], tokens=320, budget_s=1e-6)
+    plain, longer = (c.at(128).bits_per_byte for c in found.contestants)
+    words = f"At 128 tokens, without further training: rope {plain:.3f}, rope_ntk:factor=4 {longer:.3f} bits per byte."
+    assert words in list(found.findings())
+
+
 @pytest.mark.usefixtures("made_up")
 def test_names() -> None:
     assert [spec.name for spec in shipped()] == ["rope"]
