@@ -22,6 +22,8 @@ demo: $(READY)
 	  --prompt "Water boils at a temperature of" --prompt "Once upon a time, there was a" \
 	  --prompt "In 1969, the first human landed on the"
 	$(BIN)/pe-onnx generate demo/smollm2 --echo -n 32 --stop "." "The capital of France is"
+	$(BIN)/pe-onnx export --encoding rope -o demo/rope --force
+	$(BIN)/pe-onnx generate demo/rope --echo -n 160 --temperature 0.7 --seed 3 "In the beginning"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -121,14 +121,17 @@ def test_whose_weights(options: dict[str, object], weights: str | None) -> None:
     assert decoder_config("rope", **options)[0].weights == weights  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("encoding", ["rope_linear", "rope_ntk", "rope_yarn"])
-def test_a_variant_takes_the_weights(encoding: str) -> None:
+@pytest.mark.parametrize(("encoding", "better"), [("rope_linear", False), ("rope_ntk", True), ("rope_yarn", True)])
+def test_a_variant_takes_the_weights(encoding: str, better: bool) -> None:
+    """Without training interpolation alone makes it worse: neighbours are where it never saw them."""
     extended = trained(encoding, parameters={"factor": 4}, weights="rope", fields={"max_position_embeddings": 1024})
     plain = trained("rope")
     for name, parameter in plain.named_parameters():
         assert torch.equal(extended.get_parameter(name), parameter)
     tokens = held_out()
-    assert bits_per_byte(extended, tokens, 1024, windows=2) < bits_per_byte(plain, tokens, 1024, windows=2)
+    bits = [bits_per_byte(decoder, tokens, 1024, windows=2) for decoder in (extended, plain)]
+    assert abs(bits[0] - bits[1]) > 0.3
+    assert (bits[0] < bits[1]) == better
 
 
 @pytest.mark.parametrize(
