@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pe_onnx import custom_ops
     from pe_onnx.checking import check
+    from pe_onnx.comparison import compare
     from pe_onnx.exporter import export
     from pe_onnx.generate import load
     from pe_onnx.latency import bench
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from pe_onnx.quantization import quantize
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "bench", "check", "check_parity", "custom_ops", "export", "load", "quantize"]
+__all__ = ["__version__", "bench", "check", "check_parity", "compare", "custom_ops", "export", "load", "quantize"]
 
 _HOME = {
     "bench": "pe_onnx.latency",
     "check": "pe_onnx.checking",
     "check_parity": "pe_onnx.parity",
+    "compare": "pe_onnx.comparison",
     "export": "pe_onnx.exporter",
     "load": "pe_onnx.generate",
     "quantize": "pe_onnx.quantization",

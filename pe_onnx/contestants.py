@@ -116,14 +116,14 @@ def cache_bytes(bundle: Bundle, tokens: int) -> int:
     return bundle.cache_bytes_per_token * tokens
 
 
-def check_memory(bundle: Bundle, tokens: int) -> None:
+def check_memory(bundle: Bundle, tokens: int, option: str = "--depths") -> None:
     """Raises InputError for a cache of more bytes than there are; the portable target holds two at once."""
     needed = cache_bytes(bundle, tokens) * (2 if bundle.target == "portable" else 1)
     free = available_bytes()
     if free is not None and needed > free:
         raise InputError(
             f"a cache of {tokens} tokens takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; give smaller "
-            f"--depths"
+            f"{option}"
         )
 
 

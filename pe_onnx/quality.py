@@ -23,6 +23,7 @@ from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.parity import Comparison, prepare
 from pe_onnx.plain_values import plain
+from pe_onnx.text_bits import log_softmax, read_text
 from pe_onnx.tolerance import Limit, given_kl, kl_limit
 
 Array = np.ndarray[Any, Any]
@@ -162,20 +163,13 @@ def _rows(
     from pe_onnx.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(bundle.folder, bundle.manifest["tokenizer"])
-    ids = tokenizer.encode(_read(Path(text or TEXT)))
+    ids = tokenizer.encode(read_text(Path(text or TEXT)))
     rows = [ids[i : i + limit] for i in range(0, min(len(ids), ROWS * limit), limit)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise InputError(f"text {text} is shorter than two tokens")
     sizes = [tuple(len(tokenizer.decode(part).encode()) for part in (row, row[1:])) for row in rows]
     return rows, sizes, "the built-in text" if text is None else str(text), "byte"  # type: ignore[return-value]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text {path} cannot be read as UTF-8: {error}") from None
 
 
 def _run(compared: Comparison, report: QualityReport) -> None:
@@ -192,18 +186,12 @@ def _run(compared: Comparison, report: QualityReport) -> None:
     for b, (row, have) in enumerate(zip(rows, made, strict=True)):
         want = compared.expected.along(b, cache, row)[: len(have)]
         for i, logits in enumerate(have):
-            log_p, log_q = _log_softmax(want[i]), _log_softmax(logits)
+            log_p, log_q = log_softmax(want[i]), log_softmax(logits)
             total += float((np.exp(log_p) * (log_p - log_q)).sum())
             report.reference_bits -= float(log_p[row[i + 1]]) / math.log(2)
             report.bits -= float(log_q[row[i + 1]]) / math.log(2)
         report.tokens += len(have)
     report.kl = total / report.tokens
-
-
-def _log_softmax(logits: Array) -> Array:
-    x = logits.astype(np.float64)
-    x -= x.max()
-    return x - np.log(np.exp(x).sum())
 
 
 def _weight_errors(module: Any, bundle: Bundle) -> list[WeightError]:

@@ -78,6 +78,21 @@ def test_the_bench_needs_neither_the_export_half_nor_a_plotting_package(bundles:
     refused(without({"torch"}, MAIN, "bench", bundles("rope"), *quick, *torch), 2, "pip install 'pe-onnx[export]'")
 
 
+def test_bundles_are_compared_without_the_export_half(bundles: Bundles, tmp_path: Path) -> None:
+    """The encoding's own weights are not known then."""
+    (tmp_path / "text").write_text("a text of more than forty letters, some of them twice")
+    quick = ("--text", tmp_path / "text", "--length", "8,40", "--budget", 0.01, "--threads", 1)
+    result = without(EXPORT_HALF | {"matplotlib"}, MAIN, "compare", bundles("rope"), *quick, "--json")
+    assert result.returncode == 0, result.stderr
+    (rope,) = json.loads(result.stdout)["contestants"]
+    assert rope["encoding_weights"] is None
+    assert rope["lengths"][1]["bits_per_byte"] > 0
+    report = ("-o", tmp_path / "r.html")
+    refused(without({"matplotlib"}, MAIN, "compare", bundles("rope"), *quick, *report), 2, "'pe-onnx[plot]'")
+    assert without(EXPORT_HALF, MAIN, "compare", bundles("rope"), *quick, *report).returncode == 0
+    assert (tmp_path / "r.html").exists()
+
+
 def test_a_byte_bundle_needs_no_tokenizer_package(bundles: Bundles) -> None:
     result = without({"tokenizers", "jinja2"}, MAIN, "generate", bundles("rope"), "hello", "-n", 4)
     assert result.returncode == 0, result.stderr
