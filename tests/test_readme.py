@@ -1,7 +1,8 @@
-"""The README's examples run as they stand, and its table of encodings is the registered one."""
+"""The README's examples run as they stand, and its tables are of what is registered and measured."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+from checkout import ROOT
 
-from pe_onnx import discovery
+from pe_onnx import discovery, trained_weights
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
 
 
@@ -62,3 +64,18 @@ def test_the_families_are_those_of_the_command(cli: Callable[..., subprocess.Com
     text = README.read_text("utf-8")
     section = text.split(f"<!-- {FAMILIES} -->\n")[1].split("<!-- end -->")[0]
     assert section == cli(*FAMILIES.split()[1:]).stdout
+
+
+def test_the_comparison_is_that_of_the_file() -> None:
+    """Bits per byte of each contestant at each length, and what the logs of the training say."""
+    found = json.loads((ROOT / "benchmarks" / "compare.json").read_text())
+    text = README.read_text("utf-8")
+    rows = text.split("<!-- pe-onnx compare --extended -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    assert [int(cell.split()[0].replace(",", "")) for cell in rows[0].split("|")[2:-1]] == found["lengths"]
+    shown = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:]}
+    assert shown == {
+        c["name"]: ["cannot" if row["cannot"] else f"{row['bits_per_byte']:.3f}" for row in c["lengths"]]
+        for c in found["contestants"]
+    }
+    seconds = [trained_weights.log(name)["seconds"] for name in trained_weights.names()]
+    assert f"{round(min(seconds) / 60)} to {round(max(seconds) / 60)} minutes each" in " ".join(text.split())
