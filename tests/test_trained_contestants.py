@@ -26,6 +26,9 @@ from pe_onnx.trained_contestants import Spec, extended_rope, shipped, trained_fo
 SIX = ("alibi", "learned", "none", "rope", "sinusoidal", "t5_bias")
 LONGER = ("rope_linear:factor=4", "rope_ntk:factor=4", "rope_yarn:factor=4")
 
+SINGLE = 5e-3
+"""Bits of one token far past the trained length, where PyTorch's float32 is 1.1e-3 off its float64 (RoPE at 2,048)."""
+
 
 @pytest.fixture
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderConfig:
@@ -104,7 +107,7 @@ def test_bits_are_pytorchs_at_every_length(name: str, shared: Shared) -> None:
         bits = window_bits(session, ids, length)[:, 1:]
         want = np.concatenate([pytorch_bits(config, ids[i : i + length], length) for i in range(0, len(ids), length)])
         assert abs(bits.mean() - want.mean()) < 1e-4
-        assert np.abs(bits - want).max() < 1e-3
+        assert np.abs(bits - want).max() < SINGLE
 
 
 @pytest.mark.slow
@@ -118,6 +121,7 @@ def test_the_comparison_of_all() -> None:
         stopped = [row.length_tokens for row in c.lengths if row.cannot]
         assert stopped == ([512, 1024, 2048] if c.name == "learned" else [])
         assert all(row.bits_per_byte is not None for row in c.lengths if not row.cannot)
-    trained = {c.name: c.at(256).bits_per_byte or 0 for c in found.contestants}
-    assert max(trained[name] for name in SIX) < 2.5
-    assert max(c.at(2048).bits_per_byte or 0 for c in found.contestants if c.name == "alibi") < trained["alibi"] + 0.1
+    at = {(c.name, row.length_tokens): row.bits_per_byte or 0 for c in found.contestants for row in c.lengths}
+    assert max(at[name, 256] for name in SIX if name != "none") < 2 < at["none", 256] < 3
+    assert at["alibi", 2048] < at["alibi", 256]
+    assert at["rope", 1024] > at["rope", 256] + 1 > at["rope_yarn:factor=4", 1024]
