@@ -43,7 +43,7 @@ families: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/encodings.py --readme README.md
 	$(BIN)/python benchmarks/claims.py --readme README.md
-	$(BIN)/pe-onnx compare --extended --json > benchmarks/compare.json
+	$(BIN)/python benchmarks/extrapolation.py --readme README.md
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/bridge.py
 	$(BIN)/python benchmarks/t5.py --readme README.md

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pe_onnx import trained_weights
 from pe_onnx.config import DecoderConfig
 from pe_onnx.contract import CacheShape, Crossing, Target
 from pe_onnx.models.attention import LayerCache, PlainStep, cached_step
@@ -98,6 +99,7 @@ def from_config(
     decoder = Decoder(config)
     max_length = decoder.encoding.max_length_in(dtype)
     given = config.encoding_parameters
+    digest = {} if config.weights is None else {"weights_sha256": trained_weights.digest(config.weights)}
     module = CachedDecoder(decoder, target, last_only)
     caches = [(config.kv_heads, config.head_size)] * config.num_hidden_layers
     return Exportable(
@@ -109,7 +111,7 @@ def from_config(
             name: {"value": value, "origin": "given" if name in given else "default"}
             for name, value in decoder.encoding.parameters_used.items()
         },
-        source={"kind": "encoding", "preset": preset, "config": config.to_dict()},
+        source={"kind": "encoding", "preset": preset, "config": config.to_dict(), **digest},
         trained_length=min(config.max_position_embeddings, max_length or config.max_position_embeddings),
         max_length=max_length,
         path_dependent=decoder.encoding.path_dependent,

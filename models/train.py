@@ -17,7 +17,14 @@ SHIPPED = ("none", "learned", "sinusoidal", "t5_bias", "alibi", "rope")
     "--data", type=click.Path(path_type=Path), metavar="FILE", help="A text. [the King James Bible, from Debian]"
 )
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Of 1,024 bytes each. [2400]")
-@click.option("--seed", type=int, default=0, metavar="N", show_default=True, help="Of weights and windows.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    metavar="N",
+    show_default=True,
+    help="Of weights and windows.",
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("trained"), metavar="DIR", show_default=True
 )
@@ -25,7 +32,8 @@ SHIPPED = ("none", "learned", "sinusoidal", "t5_bias", "alibi", "rope")
 def command(encoding: str, data: Path | None, steps: int | None, seed: int, output: Path, force: bool) -> None:
     """Train a decoder over bytes with a positional encoding, on one core, in minutes.
 
-    A run that was stopped goes on where it was. Weights and log are written to DIR, with the text that is held out.
+    A run that was stopped goes on where it was, and what has ended is not trained again. Weights and log are written to
+    DIR, with the text that is held out; those in pe_onnx/trained are the package's own.
     """
     try:
         _train(encoding, data, steps, seed, output, force)
@@ -51,14 +59,12 @@ def _train(encoding: str, data: Path | None, steps: int | None, seed: int, outpu
     from pe_onnx import discovery
     from pe_onnx.errors import ConfigError
     from pe_onnx.models import training, training_text
-    from pe_onnx.report_files import write_report
 
     known = [*discovery.names("encodings"), "all"]
     if encoding not in known:
         raise ConfigError(f"unknown encoding {encoding!r}{did_you_mean(encoding, known)}")
     settings = training.Settings(seed=seed, **({} if steps is None else {"steps": steps}))
     text = training_text.read(data)
-    write_report(output / "heldout.txt", training_text.split(text)[1])
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),

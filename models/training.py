@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from pe_onnx.config import DecoderConfig
 from pe_onnx.encodings.sinusoidal import Sinusoidal
-from pe_onnx.errors import CheckpointError, ConfigError
+from pe_onnx.errors import CheckpointError, ConfigError, ExportError, system_reason
 from pe_onnx.models import training_text
 from pe_onnx.models.attention import Heads, PlainStep
 from pe_onnx.models.decoder import Decoder
 from pe_onnx.models.muon import Muon
+from pe_onnx.report_files import write_report
 from pe_onnx.trained_weights import write
 
 ARCHITECTURE: dict[str, Any] = {
@@ -37,6 +38,7 @@ ARCHITECTURE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 """1.0M parameters over 256 bytes of vocabulary."""
+HELD_OUT = "heldout.txt"
 KEEP_EVERY = 100
 """Steps between two states on the disk."""
 
@@ -111,17 +113,25 @@ def train(
 ) -> dict[str, Any]:
     """Train, or go on with what was stopped, and write ``ENCODING.safetensors`` and its log ``ENCODING.json``.
 
-    text: bytes, whose end is held out. Returns the log. Raises ConfigError where the weights are there already without
-    ``force``, or a run with other settings was stopped there.
+    text: bytes, whose end is held out and written beside the weights as ``heldout.txt``. Returns the log, without
+    training where the same run has ended there. Raises ConfigError where other weights are there already without
+    ``force``, a run with other settings was stopped there, or the folder is of another text.
     """
     settings = settings or Settings()
     config = DecoderConfig(
         encoding=encoding, seed=settings.seed, **(ARCHITECTURE if architecture is None else architecture)
     )
     output, state = folder / f"{encoding}.safetensors", folder / f".{encoding}.state"
-    if output.exists() and not force:
-        raise ConfigError(f"{output} exists; --force trains it again")
+    held_out, kept = training_text.split(text)[1], folder / HELD_OUT
+    others = [path for path in folder.glob("*.safetensors") if path != output or not force]
+    if others and kept.exists() and kept.read_bytes() != held_out:
+        raise ConfigError(f"{folder} holds weights of another text, {others[0].name}; give another -o")
     run = Run(config, settings, text)
+    if output.exists() and not force:
+        log = _log(folder / f"{encoding}.json")
+        if log.get("identity") != run.identity:
+            raise ConfigError(f"{output} exists, of another run; --force trains it again")
+        return log
     if state.exists():
         run.load(state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,9 +140,19 @@ def train(
         if made.step % KEEP_EVERY == 0:
             run.save(state)
     log = run.finish()
+    write_report(kept, held_out)
     write(folder, encoding, run.decoder.state_dict(), log)
     state.unlink(missing_ok=True)
     return log
+
+
+def _log(path: Path) -> dict[str, Any]:
+    """Of a run that has ended; empty where there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Run:
@@ -201,6 +221,7 @@ class Run:
             for parameter in self.decoder.parameters():
                 parameter.copy_(parameter.half())
         return {
+            "identity": self.identity,
             "config": self.config.to_dict(),
             "settings": dataclasses.asdict(self.settings),
             "text": {"sha256": self.digest, "bytes": len(self.text) + len(self.held_out)},
@@ -213,9 +234,9 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """What must be the same for a run to go on."""
+        """What must be the same for a run to go on: a digest of configuration, settings and text."""
         parts = (self.config.to_dict(), dataclasses.asdict(self.settings), self.digest)
-        return json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
@@ -228,8 +249,13 @@ class Run:
             "seconds": self.seconds,
             "losses": self.losses,
         }
-        torch.save(state, partial)
-        os.replace(partial, path)
+        try:
+            torch.save(state, partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer has an error of its own
+            raise ExportError(f"cannot write {path}: {system_reason(error)}") from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Raises ConfigError for another run's state, CheckpointError for what is none."""

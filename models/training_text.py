@@ -22,20 +22,22 @@ HELD_OUT_BYTES = 112 << 10
 
 def read(path: Path | None) -> bytes:
     """A file of the user's own, or the Bible. Raises ConfigError where it is not to be had, or is too short."""
-    if path is None:
-        return bible()
     try:
-        text = path.read_bytes()
+        text = bible() if path is None else path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--data {path} cannot be read: {system_reason(error)}") from None
     if len(text) < 4 * HELD_OUT_BYTES:
-        raise ConfigError(f"--data {path} holds {len(text):,} bytes; {4 * HELD_OUT_BYTES:,} are the least")
+        named = "the Bible of this system" if path is None else f"--data {path}"
+        raise ConfigError(f"{named} holds {len(text):,} bytes; {4 * HELD_OUT_BYTES:,} are the least")
     return text
 
 
 def split(text: bytes) -> tuple[bytes, bytes]:
-    """What is trained on, and what is held out."""
-    return text[:-HELD_OUT_BYTES], text[-HELD_OUT_BYTES:]
+    """What is trained on, and what is held out, which begins with a whole character."""
+    at = len(text) - HELD_OUT_BYTES
+    while at < len(text) and 0x80 <= text[at] < 0xC0:  # the inside of a character in UTF-8
+        at += 1
+    return text[:at], text[at:]
 
 
 def bible() -> bytes:

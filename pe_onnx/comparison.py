@@ -24,7 +24,7 @@ from pe_onnx.intervals import median_interval
 from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
 from pe_onnx.providers import resolve_provider
 from pe_onnx.session import MAX_THREADS
-from pe_onnx.text_bits import Text, counted, read_text, tokenized, why_no_bits, why_not, window_bits
+from pe_onnx.text_bits import STEP_ROWS, Text, counted, read_text, tokenized, why_no_bits, why_not, window_bits
 from pe_onnx.trained_contestants import Spec, exported, extended_rope, shipped, trained_for
 from pe_onnx.turns import Seconds, in_turns
 
@@ -100,7 +100,7 @@ def compare(
             for (spec, bundle), name in zip(made, weights, strict=True)
         ]
         entrants = _distinct(entrants)
-        trained = min((b.trained_length for _, b, _ in entrants if b.trained_length), default=None)
+        trained = min((length for _, b, _ in entrants if (length := _trained_length(b))), default=None)
         wanted = sorted(set(lengths or (int(m * (trained or UNKNOWN_LENGTH)) or 1 for m in MULTIPLES)))
         texts = {name: _tokens(bundle, written, max(tokens, wanted[-1])) for name, bundle, _ in entrants}
         shortest = min((len(one.ids) for one in texts.values() if one is not None), default=wanted[-1])
@@ -109,16 +109,17 @@ def compare(
             raise InputError(
                 f"the text has {shortest:,} tokens, fewer than a length of {wanted[-1]:,}; give a longer one"
             )
+        counts = min(shortest, max(tokens, fitting[-1]))
         report = Comparison(
             text="held-out text that comes with pe-onnx" if text is None else str(text),
-            tokens=min(shortest, max(tokens, fitting[-1])),
+            tokens=counts,
             lengths=fitting,
             left_out=[length for length in wanted if length not in fitting],
             trained_length=trained,
             provider=resolved,
             threads=threads,
             budget_s=budget_s,
-            contestants=[_contestant(entrant, fitting) for entrant in entrants],
+            contestants=[_contestant(entrant, fitting, counts) for entrant in entrants],
             machine=describe_machine(),
             tools=versions((*RUNTIME_PACKAGES, *(("torch",) if specs else ()))),
         )
@@ -249,11 +250,12 @@ def _distinct(entrants: list[Entrant]) -> list[Entrant]:
     ]
 
 
-def _contestant(entrant: Entrant, lengths: Sequence[int]) -> Contestant:
+def _contestant(entrant: Entrant, lengths: Sequence[int], tokens: int) -> Contestant:
     bundle = entrant.bundle
     for length in lengths:
         if why_not(bundle, length) is None:
-            check_memory(bundle, length, "--length")
+            rows = 1 if bundle.logits == "all" else min(STEP_ROWS, max(1, tokens // length))
+            check_memory(bundle, rows * length, "--length")
     source = bundle.manifest["source"]
     config = source["config"] if source["kind"] == "encoding" else None
     encoding = encoding_of(config, trained=False)
@@ -264,7 +266,7 @@ def _contestant(entrant: Entrant, lengths: Sequence[int]) -> Contestant:
         bundle=entrant.shown,
         encoding=bundle.manifest["encoding"]["name"],
         parameters={key: entry["value"] for key, entry in bundle.manifest["encoding"]["parameters"].items()},
-        trained_length=bundle.trained_length,
+        trained_length=_trained_length(bundle),
         max_length=bundle.max_length,
         path_dependent=bundle.path_dependent,
         target=bundle.target,
@@ -277,6 +279,18 @@ def _contestant(entrant: Entrant, lengths: Sequence[int]) -> Contestant:
         lengths=[AtLength(length, why_not(bundle, length)) for length in lengths],
         no_bits=why_no_bits(bundle),
     )
+
+
+def _trained_length(bundle: Bundle) -> int | None:
+    """Of the weights, also where a factor has stretched what the bundle is for."""
+    weights = bundle.manifest["source"].get("config", {}).get("weights")
+    if weights is None:
+        return bundle.trained_length
+    from pe_onnx import trained_weights
+
+    found = trained_weights.config(weights)["max_position_embeddings"]
+    assert isinstance(found, int)
+    return found
 
 
 def encoding_of(config: Mapping[str, Any] | None, trained: bool = True) -> Any:

@@ -138,7 +138,10 @@ def _cards(report: Comparison) -> Iterator[str]:
         yield from _about(first)
         encoding = encoding_of(first.config)
         if encoding is not None:
-            yield f'<div class="wide" tabindex="0">{picture(encoding, f"encoding{i}")}</div>'
+            try:
+                yield f'<div class="wide" tabindex="0">{picture(encoding, f"encoding{i}")}</div>'
+            except Exception as error:  # of a user's own encoding, after minutes of measuring
+                yield f'<p class="faint">{_text(f"It cannot be drawn: {type(error).__name__}: {error}")}</p>'
         yield "</section>"
 
 

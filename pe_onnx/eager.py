@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pe_onnx import trained_weights
 from pe_onnx.bundle import Bundle
 from pe_onnx.contestants import STEP_TOKEN, Contestant, FirstToken, random_tokens
 from pe_onnx.errors import CheckpointError, ConfigError, needs
@@ -42,6 +43,7 @@ def eager(bundle: Bundle, reference: Any, name: str, threads: int, source: list[
         torch.set_num_threads(threads)
     kind = bundle.manifest["source"]["kind"]
     if reference is None and kind == "encoding":
+        trained_weights.check_unchanged(bundle.manifest["source"])
         decoder = Decoder(DecoderConfig.from_dict(bundle.manifest["source"]["config"]))
         return PlainContestant(decoder, name, time.perf_counter() - begin)
     if reference is None and kind != "checkpoint":

@@ -32,6 +32,9 @@ class PositionalEncoding(nn.Module):
     """Which of them a subclass overrides, found when it is defined."""
     path_dependent: bool = False
     """Whether a cached key depends on how far its step reached, so that other chunks of a text give other logits."""
+    reads_trained_length: ClassVar[bool] = False
+    """Whether ``max_position_embeddings`` is the trained length also beside a ``factor``; for others it is the longer
+    one that the factor makes of it, as transformers has it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,24 +104,32 @@ class PerLayer(PositionalEncoding):
 
 def build_encoding(config: DecoderConfig) -> PositionalEncoding:
     """The encoding that a config names, with its parameters. Raises ConfigError for what is unknown."""
-    module = discovery.load("encodings", config.encoding)
-    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
-    classes = [x for x in own if issubclass(x, PositionalEncoding)]
-    if len(classes) != 1:
-        raise ConfigError(
-            f"encoding {config.encoding!r}: its file holds {len(classes)} PositionalEncoding classes, not one"
-        )
-    cls = classes[0]
-    accepted = declared_parameters(cls)
-    for name in config.encoding_parameters:
-        if name not in accepted:
-            takes = f"takes {', '.join(accepted)}" if accepted else "takes no parameters"
-            hint = did_you_mean(name, accepted)
-            raise ConfigError(f"encoding {config.encoding!r}: unknown parameter {name!r}{hint} ({takes})")
-    values = {**accepted, **_converted(config.encoding, accepted, config.encoding_parameters)}
+    cls = encoding_class(config.encoding)
+    values = all_parameters(cls, config.encoding, config.encoding_parameters)
     encoding = cls(config, **values)
     encoding.parameters_used = values
     return encoding
+
+
+def encoding_class(name: str) -> type[PositionalEncoding]:
+    """Of a registered name. Raises ConfigError for an unknown one."""
+    module = discovery.load("encodings", name)
+    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    classes = [x for x in own if issubclass(x, PositionalEncoding)]
+    if len(classes) != 1:
+        raise ConfigError(f"encoding {name!r}: its file holds {len(classes)} PositionalEncoding classes, not one")
+    return classes[0]
+
+
+def all_parameters(cls: type[PositionalEncoding], encoding: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those given, in their types, and the defaults of the others. Raises ConfigError for what is unknown."""
+    accepted = declared_parameters(cls)
+    for name in given:
+        if name not in accepted:
+            takes = f"takes {', '.join(accepted)}" if accepted else "takes no parameters"
+            hint = did_you_mean(name, accepted)
+            raise ConfigError(f"encoding {encoding!r}: unknown parameter {name!r}{hint} ({takes})")
+    return {**accepted, **_converted(encoding, accepted, given)}
 
 
 def declared_parameters(cls: type[PositionalEncoding]) -> dict[str, Any]:

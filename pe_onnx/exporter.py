@@ -23,6 +23,7 @@ with needs("export", "'pe-onnx[export]'"):
     import torch
     from torch import nn
 
+from pe_onnx.encoding import all_parameters, encoding_class
 from pe_onnx.models.exportable import Exportable, from_config
 from pe_onnx.models.parts import parts
 from pe_onnx.models.proof import Proof, of_module
@@ -150,8 +151,9 @@ def decoder_config(
     """Our own decoder, and the preset it was made from.
 
     weights: trained ones that come with pe-onnx, by the encoding they were trained with; a variant of it can have them
-    too, and of the fields ``max_position_embeddings``. preset: a size with random weights, ``tiny`` where only fields
-    are given. An encoding that has weights, with neither parameters nor any of these, has its own. Raises ConfigError.
+    too, and of the fields ``max_position_embeddings``, which otherwise grows by a ``factor``, as it does for a
+    checkpoint with ``rope_scaling``. preset: a size with random weights, ``tiny`` where only fields are given. An
+    encoding that has weights, with neither parameters nor any of these, has its own. Raises ConfigError.
     """
     fields = dict(fields or {})
     for key in ("encoding", "encoding_parameters", "weights"):
@@ -161,13 +163,18 @@ def decoder_config(
     if weights is None and preset is None and not fields and not parameters and encoding in trained_weights.names():
         weights = encoding
     if weights is None:
-        preset = preset or "tiny"
+        preset = "tiny" if preset is None else preset
         return DecoderConfig.preset(preset, **own, **fields), preset
     if preset is not None:
         raise ConfigError(f"preset = {preset!r} is for random weights; weights = {weights!r} bring their own sizes")
     if others := sorted(fields.keys() - {"max_position_embeddings"}):
         raise ConfigError(f"{others[0]!r} is for random weights; weights = {weights!r} bring their own configuration")
-    return DecoderConfig.from_dict({**trained_weights.config(weights), **own, "weights": weights, **fields}), None
+    trained = trained_weights.config(weights)
+    cls = encoding_class(encoding)
+    factor = all_parameters(cls, encoding, parameters or {}).get("factor", 1.0)
+    if not cls.reads_trained_length:
+        fields.setdefault("max_position_embeddings", int(trained["max_position_embeddings"] * factor))
+    return DecoderConfig.from_dict({**trained, **own, "weights": weights, **fields}), None
 
 
 class FloatLogits(nn.Module):

@@ -20,6 +20,7 @@ from pe_onnx.errors import CheckpointError, needs
 with needs("parity", "'pe-onnx[export]'"):
     import torch
 
+from pe_onnx import trained_weights
 from pe_onnx.config import DecoderConfig
 from pe_onnx.contract import CacheShape
 from pe_onnx.models.attention import LayerCache, PlainStep
@@ -39,6 +40,7 @@ def from_manifest(manifest: Mapping[str, Any], hold: Hold = as_it_is) -> tuple[R
     it is not to be had."""
     source = manifest["source"]
     if source["kind"] == "encoding":
+        trained_weights.check_unchanged(source)
         config = DecoderConfig.from_dict(source["config"])
         decoder, name = hold(Decoder(config)), f"PyTorch, {config.encoding} decoder, {_weights(config)}"
         if decoder.encoding.path_dependent:

@@ -14,8 +14,6 @@ from pe_onnx.errors import ConfigError, did_you_mean
 
 EXTENDED_FACTOR = 4
 """Of RoPE's trained length, which its weights are given at export."""
-IMPLIED = ("original_max_position_embeddings",)
-"""Parameters that follow from the weights, and that a name leaves out."""
 
 Progress = Callable[[str], None]
 
@@ -28,7 +26,7 @@ class Spec(NamedTuple):
 
     @property
     def name(self) -> str:
-        values = ",".join(f"{key}={value}" for key, value in self.parameters.items() if key not in IMPLIED)
+        values = ",".join(f"{key}={value}" for key, value in self.parameters.items())
         return f"{self.encoding}:{values}" if values else self.encoding
 
 
@@ -39,9 +37,7 @@ def shipped() -> list[Spec]:
 
 def extended_rope() -> list[Spec]:
     """RoPE's trained weights at a longer context without further training."""
-    factor = {"factor": EXTENDED_FACTOR}
-    trained = {"original_max_position_embeddings": trained_weights.config("rope")["max_position_embeddings"]}
-    return [Spec("rope_linear", factor), Spec("rope_ntk", factor), Spec("rope_yarn", factor | trained)]
+    return [Spec(name, {"factor": EXTENDED_FACTOR}) for name in ("rope_linear", "rope_ntk", "rope_yarn")]
 
 
 def trained_for(spec: Spec) -> str:

@@ -6,6 +6,7 @@ them in float16, with the log of each run and the text that was held out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,18 @@ def read(name: str) -> dict[str, Any]:
         return {key: tensor.float() for key, tensor in load_file(path).items()}
     except Exception as error:
         raise CheckpointError(f"the weights {path.name} cannot be read: {error}") from None
+
+
+def digest(name: str) -> str:
+    """SHA-256 of the weights' file, for the manifest of what is made with them."""
+    return hashlib.sha256((FOLDER / f"{name}.safetensors").read_bytes()).hexdigest()
+
+
+def check_unchanged(source: Mapping[str, Any]) -> None:
+    """source: a manifest's. Raises CheckpointError where a bundle was made with other weights than are here now."""
+    name = source["config"].get("weights")
+    if name is not None and source.get("weights_sha256") != (digest(name) if name in names() else None):
+        raise CheckpointError(f"this pe-onnx has other weights {name!r} than the bundle was made with; export it again")
 
 
 def held_out() -> bytes:

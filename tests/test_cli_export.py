@@ -40,7 +40,7 @@ def test_export_says_what_it_made_on_stderr_only(run: Cli, tmp_path: Path) -> No
     result = run("export", "--encoding", "rope:theta=5000,rotary_dim=8", "--set", "num_hidden_layers=1", "-o", "new/b")
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
-    assert re.fullmatch(r"new/b: rope, ort, fp32, \d+ kB in [\d.]+ s\n", result.stderr)
+    assert re.fullmatch(r"new/b: rope, random weights, ort, fp32, \d+ kB in [\d.]+ s\n", result.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["b"]
     shown = json.loads(run("inspect", "new/b", "--json").stdout)

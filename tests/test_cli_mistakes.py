@@ -84,6 +84,7 @@ USAGE = [
     ("export --encoding rope -o file --force", ["file", "exists"]),
     ("export --encoding rope -o file/b", ["file"]),
     # generate
+    ("generate 'The capital of France is'", ["'The capital of France is'", "before the prompt"]),
     ("generate {rope} ''", ["no tokens"]),
     ("generate {rope} hi ''", ["no tokens"]),
     ("generate {learned} {a33} -n 1", ["33", "32 positions of the encoding"]),

@@ -68,9 +68,9 @@ def test_the_families_are_those_of_the_command(cli: Callable[..., subprocess.Com
 
 def test_the_comparison_is_that_of_the_file() -> None:
     """Bits per byte of each contestant at each length, and what the logs of the training say."""
-    found = json.loads((ROOT / "benchmarks" / "compare.json").read_text())
+    found = json.loads((ROOT / "benchmarks" / "extrapolation.json").read_text())
     text = README.read_text("utf-8")
-    rows = text.split("<!-- pe-onnx compare --extended -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    rows = text.split("<!-- benchmarks/extrapolation.py -->\n")[1].split("\n<!-- end -->")[0].splitlines()
     assert [int(cell.split()[0].replace(",", "")) for cell in rows[0].split("|")[2:-1]] == found["lengths"]
     shown = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:]}
     assert shown == {

@@ -344,9 +344,9 @@ def test_a_stopping_server_ends_what_is_under_way(bundle: Path, model: Model) ->
 
 
 def test_what_outlasts_the_grace_is_told(bundle: Path) -> None:
-    with servers.serve(bundle, "--grace", 1) as server:
+    with servers.serve(bundle, "--grace", 1, "--slots", 2, "--max-length", 100_000) as server:
         answers: dict[bool, httpx.Response] = {}
-        body = {"model": NAME, "prompt": "x", "max_tokens": 15_000, "temperature": 0, "ignore_eos": True}
+        body = {"model": NAME, "prompt": "x", "max_tokens": 90_000, "temperature": 0, "ignore_eos": True}
 
         def ask(stream: bool) -> None:
             url = f"{server.base_url}/completions"

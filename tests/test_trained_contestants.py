@@ -43,16 +43,21 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderConfig:
 @pytest.mark.usefixtures("one_thread")
 def test_a_variant_has_the_weights_of_rope(made_up: DecoderConfig) -> None:
     spec = extended_rope()[2]
-    assert spec == Spec("rope_yarn", {"factor": 4, "original_max_position_embeddings": 32})
+    assert spec == Spec("rope_yarn", {"factor": 4})
     found = compare(encodings=[spec], lengths=[64], tokens=640, budget_s=1e-6, threads=1)
     (contestant,) = found.contestants
     assert (contestant.name, contestant.encoding_weights) == ("rope_yarn:factor=4", 0)
-    named = {"encoding": "rope_yarn", "encoding_parameters": spec.parameters, "weights": "rope"}
+    named = {
+        "encoding": "rope_yarn",
+        "encoding_parameters": spec.parameters,
+        "weights": "rope",
+        "max_position_embeddings": 128,
+    }
     right = dataclasses.replace(made_up, **named)
     others = [
         dataclasses.replace(right, encoding="rope", encoding_parameters={}),
         dataclasses.replace(right, weights=None, seed=4),
-        dataclasses.replace(right, encoding_parameters={"factor": 4}),
+        dataclasses.replace(right, max_position_embeddings=32),
     ]
     bits = contestant.at(64).bits_per_byte
     assert bits == pytest.approx(pytorch_bits(right, WORDS[:640], 64).mean(), abs=NEAR)

@@ -29,10 +29,10 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def parse_encoding(spec: str) -> tuple[str, dict[str, str]]:
+def parse_encoding(spec: str, option: str = "--encoding ") -> tuple[str, dict[str, str]]:
     """``rope:theta=500000,interleaved=true`` to its name and parameters. Raises ConfigError."""
     name, _, rest = spec.partition(":")
-    return name, parse_assignments(rest.split(",") if rest else [], f"--encoding {name}")
+    return name, parse_assignments(rest.split(",") if rest else [], f"{option}{name}")
 
 
 def parse_assignments(items: Any, where: str) -> dict[str, str]:

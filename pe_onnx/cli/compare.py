@@ -80,11 +80,11 @@ def command(
             budget_s=BUDGET_S if budget is None else budget,
             progress=progress,
         )
-    failed = write_reports([(output, lambda: _page(report)), (markdown_file, lambda: markdown(report))])
-    if as_json:
+    if as_json:  # before the files: a picture of a user's own encoding may fail
         print_json(report.to_dict())
     else:
         _print(report, to_stderr=markdown_file == STDOUT)
+    failed = write_reports([(output, lambda: _page(report)), (markdown_file, lambda: markdown(report))])
     if failed:
         raise ExportError("; ".join(failed))
 

@@ -23,22 +23,25 @@ LABELS = {"formula": "formula", "paper": "paper", "cost": "cost", "cache": "KV c
 @click.option("--graph", is_flag=True, help="The nodes that it adds to the exported graph of a tiny decoder.")
 @click.option("--count", is_flag=True, help="Its parameters, and the bytes that a decode step makes of it.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="What it does, as .svg or .png.")
-@click.option("--preset", default="small", metavar="NAME", show_default=True, help="Sizes for --count and --plot.")
+@click.option("--preset", metavar="NAME", help="Sizes for --count and --plot. [small; a plot: trained weights]")
 @click.option("--markdown", is_flag=True, help="Markdown in place of a table.")
 @json_option
 def command(
-    encoding: str, graph: bool, count: bool, plot: Path | None, preset: str, markdown: bool, as_json: bool
+    encoding: str, graph: bool, count: bool, plot: Path | None, preset: str | None, markdown: bool, as_json: bool
 ) -> None:
     """Explain an encoding: what it does, formula, paper, cost, what it means for a KV cache, limits, its ONNX form.
 
     The words stand in the encoding's own file; nodes, figures and the picture are made from its code.
     """
+    from pe_onnx.config import DecoderConfig
     from pe_onnx.explanation import explain
 
     if markdown and as_json:
         raise click.UsageError("give one of --markdown and --json")
-    name, parameters = parse_encoding(encoding)
+    name, parameters = parse_encoding(encoding, option="")
     about = explain(name)
+    sizes = "small" if preset is None else preset
+    DecoderConfig.preset(sizes)  # refuses an unknown one
     if plot is not None:
         from pe_onnx.plots import check_plot
         from pe_onnx.report_files import check_writable
@@ -48,7 +51,7 @@ def command(
     shown: dict[str, Any] = {}
     nodes, figures = None, None
     if parameters or count or plot or not about.hook:
-        built = _built(name, parameters, preset)
+        built = _built(name, parameters, sizes)
         about = replace(about, hook=built.hook)
         shown = built.parameters_used
         if count:
@@ -56,21 +59,22 @@ def command(
 
             figures = cost(built)
         if plot is not None:
-            _picture(built, plot)
+            trained = _trained(name) if preset is None and not parameters else None
+            _picture(trained or built, plot, trained is not None)
     if graph:
         from pe_onnx.encoding_cost import added_nodes
 
         with stages(2, "export") as progress:
             nodes = added_nodes(name, parameters, progress)
     if as_json:
-        document = {**about.to_dict(), "parameters": shown, "preset": preset}
+        document = {**about.to_dict(), "parameters": shown, "preset": sizes}
         document |= {"graph": nodes.to_dict()} if nodes else {}
         document |= {"count": figures.to_dict()} if figures else {}
         print_json(document)
     elif markdown:
-        click.echo("\n".join(_markdown(about, _rows(about, shown, figures, preset), nodes)))
+        click.echo("\n".join(_markdown(about, _rows(about, shown, figures, sizes), nodes)))
     else:
-        _show(about, _rows(about, shown, figures, preset), nodes)
+        _show(about, _rows(about, shown, figures, sizes), nodes)
     if plot is not None:
         click.echo(f"picture: {plot}", err=True)
 
@@ -90,13 +94,25 @@ def _built(name: str, parameters: dict[str, str], preset: str) -> Any:
     return encoding
 
 
-def _picture(encoding: Any, path: Path) -> None:
+def _trained(name: str) -> Any:
+    """With the weights that come with pe-onnx; None where it has none of its own among them."""
+    from pe_onnx import trained_weights
+    from pe_onnx.exporter import decoder_config
+    from pe_onnx.models.decoder import Decoder
+
+    if name not in trained_weights.names():
+        return None
+    encoding = Decoder(decoder_config(name)[0]).encoding
+    return encoding if any(True for _ in encoding.parameters()) else None
+
+
+def _picture(encoding: Any, path: Path, trained: bool) -> None:
     from pe_onnx.encoding_pictures import draw
     from pe_onnx.plots import rendered
     from pe_onnx.report_files import write_report
 
     random = any(True for _ in encoding.parameters())
-    note = "weights are random, as before training" if random else ""
+    note = "trained weights, at 256 bytes" if trained else "weights are random, as before training" if random else ""
     write_report(path, rendered(path, lambda figure: draw(encoding, figure, note)))
 
 

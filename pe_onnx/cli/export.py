@@ -122,11 +122,12 @@ def command(
         click.echo(
             f"pe-onnx: warning: transformers ignores {key} = {json.dumps(value)}, and so does {output}", err=True
         )
-    weights = "trained, " if bundle.manifest["source"].get("config", {}).get("weights") else ""
+    own = bundle.manifest["source"].get("config")
+    kind = "" if own is None else "trained weights, " if own.get("weights") else "random weights, "
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     kinds = [dtype, *([f"int{bits}"] if bits else []), *(["int8 cache"] if cache else [])]
     click.echo(
-        f"{output}: {bundle.manifest['encoding']['name']}, {weights}{target}, {', '.join(kinds)}, {human_bytes(size)} "
+        f"{output}: {bundle.manifest['encoding']['name']}, {kind}{target}, {', '.join(kinds)}, {human_bytes(size)} "
         f"in {time.perf_counter() - begin:.1f} s",
         err=True,
     )

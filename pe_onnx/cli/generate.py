@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -111,6 +112,8 @@ def command(
         raise click.UsageError(f"{'--save-cache' if save_cache else '--load-cache'} is not for --beams")
     if save_cache:
         check_writable(save_cache)
+    if bundle is not None and not prompts and " " in bundle and not Path(bundle).exists():
+        raise click.UsageError(f"{bundle!r} is no folder; name the bundle before the prompt")
     model = load(bundle or "bundle", provider, threads, verify=not no_verify)
     if model.session.device.kind == "cuda" and model.session.not_captured:
         reason = model.session.not_captured

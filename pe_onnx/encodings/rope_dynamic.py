@@ -35,6 +35,7 @@ class RopeDynamic(Rope):
     """factor: how fast the base grows. The trained length is the config's max_position_embeddings."""
 
     path_dependent = True
+    reads_trained_length = True
 
     def __init__(self, config: DecoderConfig, *, factor: float = 4.0, **rotary: Any) -> None:
         super().__init__(config, **rotary)
