@@ -79,3 +79,11 @@ def test_the_comparison_is_that_of_the_file() -> None:
     }
     seconds = [trained_weights.log(name)["seconds"] for name in trained_weights.names()]
     assert f"{round(min(seconds) / 60)} to {round(max(seconds) / 60)} minutes each" in " ".join(text.split())
+
+
+def test_the_claims_are_those_of_the_file() -> None:
+    import claims
+
+    figures = json.loads((ROOT / "benchmarks" / "claims.json").read_text())["by_tokens"]
+    shown = README.read_text("utf-8").split("<!-- benchmarks/claims.py -->\n")[1].split("\n<!-- end -->")[0]
+    assert shown == claims.table({int(tokens): by_measure for tokens, by_measure in figures.items()})
