@@ -155,10 +155,13 @@ def test_the_command(python: Path, two: list[Path], tmp_path: Path) -> None:
         "        except (openai.APIConnectionError, openai.NotFoundError, openai.InternalServerError):\n"
         "            time.sleep(0.5)\n"
     )
-    asked = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=200)
-    process.send_signal(signal.SIGINT)
-    assert "completion_tokens=9" in asked.stdout, asked.stderr
-    assert process.wait(90) in (0, 130)
+    try:
+        asked = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=200)
+        process.send_signal(signal.SIGINT)
+        assert "completion_tokens=9" in asked.stdout, asked.stderr
+        assert process.wait(240) in (0, 130)  # Ray's own shutdown takes minutes on a busy machine
+    finally:
+        process.kill()
     config = tmp_path / "serve.yaml"
     wrote = subprocess.run(
         [*command, "--ray-config", str(config), "--replicas", "2-5", "--slots", "4", "--api-key", "s3cret"],

@@ -107,7 +107,8 @@ def test_bits_are_pytorchs_at_every_length(name: str, shared: Shared) -> None:
     config = DecoderConfig.from_dict(bundle.manifest["source"]["config"])
     assert config.weights is not None
     ids, session = list(trained_weights.held_out())[: TOKENS // 4], Session(bundle)
-    lengths = [int(m * config.max_position_embeddings) for m in MULTIPLES]
+    trained_length = trained_weights.config(config.weights)["max_position_embeddings"]
+    lengths = [int(m * trained_length) for m in MULTIPLES]
     for length in [n for n in lengths if bundle.max_length is None or n <= bundle.max_length]:
         bits = window_bits(session, ids, length)[:, 1:]
         want = np.concatenate([pytorch_bits(config, ids[i : i + length], length) for i in range(0, len(ids), length)])
