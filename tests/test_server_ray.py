@@ -148,9 +148,7 @@ def test_the_command(python: Path, two: list[Path], tmp_path: Path) -> None:
         [*command, *options],
         env=environment(),
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # which what runs in a shell's background ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
     )
     code = (
         "import openai, time\n"
