@@ -118,7 +118,7 @@ def test_bits_are_pytorchs_at_every_length(name: str, shared: Shared) -> None:
 
 @pytest.mark.slow
 def test_the_comparison_of_all() -> None:
-    found = compare(extended=True, budget_s=5)
+    found = compare(extended=True, tokens=4096, budget_s=5)
     assert [c.name for c in found.contestants] == [*SIX, *LONGER]
     assert found.lengths == [128, 256, 512, 1024, 2048]
     own = {c.name: c.encoding_weights for c in found.contestants}
