@@ -242,7 +242,7 @@ def test_markdown_is_a_table_whatever_it_holds() -> None:
     assert "baseline written: baseline.json" in markdown
     assert "Allowed: fp32, 2 layers: 5e-5" in markdown
     for tool in ("pe-onnx", "onnxruntime", "torch"):
-        assert re.search(rf"{tool} \d+\.\d+", lines[-2])
+        assert re.search(rf"{tool}(-gpu)? \d+\.\d+", lines[-2])
 
 
 def test_nodes_that_fell_back_are_listed() -> None:

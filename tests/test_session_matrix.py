@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import t5_models
 from conftest import Bundles
@@ -25,6 +26,9 @@ from pe_onnx.session_matrix import Setting, compare_sessions, fallbacks_of
 AZURE = "AzureExecutionProvider"
 """In every CPU build of onnxruntime, and without a kernel for anything here."""
 ASKED = Setting(AZURE, "all", 1)
+in_cpu_builds = pytest.mark.skipif(
+    AZURE not in onnxruntime.get_available_providers(), reason=f"{AZURE} is in onnxruntime's CPU wheel alone"
+)
 
 
 def calling_nodes(model: Path, operator: str) -> list[str]:
@@ -61,6 +65,7 @@ def test_levels_and_threads_agree(bundles: Bundles, target: str, dtype: str) -> 
     assert matrix.positions > 20
 
 
+@in_cpu_builds
 @pytest.mark.slow
 def test_an_encoder_decoder_is_compared_over_sources(tmp_path: Path) -> None:
     t5_models.write(tmp_path / "checkpoint", "few_buckets")
@@ -109,6 +114,7 @@ def test_logits_that_are_not_finite_fail(bundles: Bundles, monkeypatch: pytest.M
     assert re.search(r"^apart .* 1 thread: not finite$", printed(matrix), re.MULTILINE)
 
 
+@in_cpu_builds
 @pytest.mark.parametrize(("target", "operator"), [("ort", "CachedAttention"), ("portable", "MaskedAttention")])
 def test_a_provider_without_kernels_falls_back_and_says_so(bundles: Bundles, target: str, operator: str) -> None:
     folder = bundles("rope", target)
@@ -126,6 +132,7 @@ def test_a_provider_without_kernels_falls_back_and_says_so(bundles: Bundles, tar
     assert f"fell back from {AZURE} to cpu: pe_onnx::{operator} (" in text
 
 
+@in_cpu_builds
 def test_one_operator_that_falls_back_is_told_from_the_rest(bundles: Bundles) -> None:
     """A double: one layer's attention has no kernel, the rest has."""
     model = bundles("rope") / "model.onnx"
@@ -144,6 +151,7 @@ def test_one_operator_that_falls_back_is_told_from_the_rest(bundles: Bundles) ->
     assert fallbacks_of(ASKED, whole, model) == []
 
 
+@in_cpu_builds
 def test_calls_that_were_optimised_away_leave_the_inlined_name(bundles: Bundles) -> None:
     """Which call is left cannot be told then, and is not guessed."""
     model = bundles("rope") / "model.onnx"
@@ -173,6 +181,7 @@ def test_what_is_no_session_is_refused(bundles: Bundles) -> None:
         Session(read_bundle(folder), optimize="most")
 
 
+@in_cpu_builds
 def test_a_providers_own_name_is_taken(bundles: Bundles) -> None:
     bundle = read_bundle(bundles("rope"))
     assert Session(bundle, AZURE).inference.get_providers() == [AZURE, "CPUExecutionProvider"]
