@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pe_onnx import trained_weights
 from pe_onnx.config import DecoderConfig
-from pe_onnx.encoding import PositionalEncoding, Tables, build_encoding
+from pe_onnx.encoding import PositionalEncoding, Tables, build_encoding, encoding_class
 from pe_onnx.errors import ConfigError
 from pe_onnx.models.attention import Step
 
@@ -160,8 +160,7 @@ class Decoder(nn.Module):
 
     def _load(self, weights: str) -> None:
         """Trained ones. Raises ConfigError where they belong to another architecture, or another kind of encoding."""
-        trained = DecoderConfig.from_dict(trained_weights.config(weights))
-        hook = build_encoding(trained).hook
+        hook = encoding_class(trained_weights.config(weights)["encoding"]).hook
         if hook != self.encoding.hook:
             raise ConfigError(
                 f"weights = {weights!r} were trained with a {_KIND[hook]}, and {self.config.encoding!r} is a "

@@ -28,7 +28,7 @@ from pe_onnx.models.attention import Heads, PlainStep
 from pe_onnx.models.decoder import Decoder
 from pe_onnx.models.muon import Muon
 from pe_onnx.report_files import write_report
-from pe_onnx.trained_weights import write
+from pe_onnx.trained_weights import HELD_OUT, write
 
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 128,
@@ -38,7 +38,6 @@ ARCHITECTURE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 """1.0M parameters over 256 bytes of vocabulary."""
-HELD_OUT = "heldout.txt"
 KEEP_EVERY = 100
 """Steps between two states on the disk."""
 
@@ -122,7 +121,7 @@ def train(
         encoding=encoding, seed=settings.seed, **(ARCHITECTURE if architecture is None else architecture)
     )
     output, state = folder / f"{encoding}.safetensors", folder / f".{encoding}.state"
-    held_out, kept = training_text.split(text)[1], folder / HELD_OUT
+    held_out, kept = training_text.split(text)[1], folder / HELD_OUT.name
     others = [path for path in folder.glob("*.safetensors") if path != output or not force]
     if others and kept.exists() and kept.read_bytes() != held_out:
         raise ConfigError(f"{folder} holds weights of another text, {others[0].name}; give another -o")

@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from pe_onnx import trained_weights
 from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.comparison_figures import AtLength, Bucket, Comparison, Contestant
-from pe_onnx.contestants import BundleContestant, check_memory
+from pe_onnx.contestants import BundleContestant, check_memory, random_tokens
 from pe_onnx.contract import storage_dtype
 from pe_onnx.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
 from pe_onnx.fresh_process import call_fresh
@@ -168,7 +169,7 @@ def _note_memory(figures: Contestant, entrant: Entrant, report: Comparison, prov
             provider=provider,
             threads=report.threads,
             depth_tokens=max(length - 1, 1),
-            prompt=[i % entrant.bundle.shape["vocab_size"] for i in range(length)],
+            prompt=random_tokens(length, entrant.bundle.shape["vocab_size"]),
             source=None,
             run=True,
         )
@@ -196,8 +197,7 @@ def _note_bits(
 
 def _note_prefill(ready: list[Contestant], timed: dict[str, BundleContestant], length: int, until: float) -> None:
     def call(contestant: BundleContestant) -> Callable[[], Seconds]:
-        vocabulary = contestant.bundle.shape["vocab_size"]
-        prompt = [i % vocabulary for i in range(length)]
+        prompt = random_tokens(length, contestant.bundle.shape["vocab_size"])
         return lambda: (contestant.first_token(prompt).prefill_s,)
 
     turns = in_turns({c.name: call(timed[c.name]) for c in ready}, until, PRECISION, LEAST_PROMPTS, MOST_PROMPTS)
@@ -231,8 +231,6 @@ def _note_decode(ready: list[Contestant], timed: dict[str, BundleContestant], le
 def _text(text: str | Path | None) -> str:
     if text is not None:
         return read_text(Path(text))
-    from pe_onnx import trained_weights
-
     return trained_weights.held_out().decode("utf-8")
 
 
@@ -286,8 +284,6 @@ def _trained_length(bundle: Bundle) -> int | None:
     weights = bundle.manifest["source"].get("config", {}).get("weights")
     if weights is None:
         return bundle.trained_length
-    from pe_onnx import trained_weights
-
     found = trained_weights.config(weights)["max_position_embeddings"]
     assert isinstance(found, int)
     return found

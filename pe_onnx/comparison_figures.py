@@ -78,10 +78,6 @@ class Contestant:
     def at(self, length: int) -> AtLength:
         return next(row for row in self.lengths if row.length_tokens == length)
 
-    def beyond(self, length: int) -> list[AtLength]:
-        """Rows past a length that have bits."""
-        return [row for row in self.lengths if row.length_tokens > length and row.bits_per_byte is not None]
-
 
 @dataclass
 class Comparison:

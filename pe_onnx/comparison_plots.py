@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pe_onnx.comparison_figures import AtLength, Comparison, Contestant
-from pe_onnx.plots import DODGE, INK, LOG_FROM, STYLE, STYLES
+from pe_onnx.plots import DODGE, INK, LOG_FROM, STYLES, rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,19 +165,19 @@ def _finish(figure: Figure, axes: Any, report: Comparison, x: str, y: str) -> No
 
 
 def _svg(draw: Callable[[Figure], None], name: str) -> str:
-    """The figure that ``draw`` fills, as an element of a page. Neither pyplot nor the caller's backend is touched."""
+    """The figure that ``draw`` fills, as an element of a page."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        FigureCanvasSVG(figure)
+    sizes: list[float] = []
+
+    def fill(figure: Figure) -> None:
+        figure.set_size_inches(WIDTH, HEIGHT)
         draw(figure)
-        image = BytesIO()
-        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-        width = 96 * figure.get_size_inches()[0]
-    return _for_page(image.getvalue().decode(), name, width)
+        sizes.append(96 * figure.get_size_inches()[0])
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        svg = rendered(f"{name}.svg", fill).decode()
+    return _for_page(svg, name, sizes[0])
 
 
 def _for_page(svg: str, name: str, width: float) -> str:

@@ -61,15 +61,20 @@ def summary(package: str, name: str) -> str:
     return docstring.split("\n", 1)[0].strip()
 
 
-def load(package: str, name: str) -> ModuleType:
-    """Import a registered file. Raises ConfigError for a name that is not registered."""
+def path(package: str, name: str) -> Path:
+    """The file that registers a name. Raises ConfigError for a name that is not registered."""
     known = files(package)
     if name not in known:
         what = package.removesuffix("s").replace("_", " ")
         hint = did_you_mean(name, known)
         raise ConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+    return known[name]
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import a registered file. Raises ConfigError for a name that is not registered."""
+    place = path(package, name).parent
     parent = importlib.import_module(f"pe_onnx.{package}")
-    place = str(known[name].parent)
-    if known[name].parent != folder(package) and place not in parent.__path__:
-        parent.__path__.append(place)
+    if place != folder(package) and str(place) not in parent.__path__:
+        parent.__path__.append(str(place))
     return importlib.import_module(f"pe_onnx.{package}.{name}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pe_onnx import discovery
-from pe_onnx.errors import ConfigError, did_you_mean
+from pe_onnx.errors import ConfigError
 
 SECTIONS = ("formula", "paper", "cost", "cache", "limits")
 BEGIN = re.compile(rf"({'|'.join(SECTIONS)})::?(?:\s+|$)", re.IGNORECASE)
@@ -58,9 +58,6 @@ class Explanation:
 
 def explain(name: str) -> Explanation:
     """Raises ConfigError for an encoding that is not registered, or whose file is no Python."""
-    known = discovery.files("encodings")
-    if name not in known:
-        raise ConfigError(f"unknown encoding {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
     tree = _parsed(name)
     found = sections(ast.get_docstring(tree) or "")
     return Explanation(name=name, hook=_hook(tree), operators=tuple(dict.fromkeys(_operators(tree))), **found)
@@ -84,7 +81,7 @@ def sections(docstring: str) -> dict[str, str]:
 
 
 def _parsed(name: str) -> ast.Module:
-    path = discovery.files("encodings")[name]
+    path = discovery.path("encodings", name)
     try:
         return ast.parse(path.read_text("utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
