@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from pe_onnx import contract, prepared
 from pe_onnx.errors import BundleError, system_reason
 from pe_onnx.placing import check_place, placed
+from pe_onnx.position_channels import CHANNELS, PAIRS
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -56,12 +57,19 @@ class Bundle:
     @property
     def graphs(self) -> dict[str, tuple[contract.Shapes, contract.Shapes]]:
         """Inputs and outputs of each ONNX file."""
-        crossing = self.crossing
-        decoder = (
-            contract.input_shapes(self.caches, crossing),
-            contract.output_shapes(self.caches, self.shape["vocab_size"], self.logits, crossing),
-        )
+        crossing, decoder = self.crossing, self._decoder(self.caches)
         return {MODEL: decoder} if crossing is None else {ENCODER: contract.encoder_shapes(crossing), DECODER: decoder}
+
+    def tensors(self, graph: str) -> tuple[contract.Shapes, contract.Shapes]:
+        """Inputs and outputs of any of the folder's ONNX files."""
+        return self.graphs.get(graph) or self._decoder(self.caches_of(graph))
+
+    def _decoder(self, caches: Sequence[contract.CacheShape]) -> tuple[contract.Shapes, contract.Shapes]:
+        crossing = self.crossing
+        return (
+            contract.input_shapes(caches, crossing),
+            contract.output_shapes(caches, self.shape["vocab_size"], self.logits, crossing),
+        )
 
     @property
     def start_token(self) -> int | None:
@@ -85,6 +93,20 @@ class Bundle:
     def caches(self) -> list[contract.CacheShape]:
         """K and D of each layer's cache."""
         return [(heads, size) for heads, size in self.manifest["model"]["caches"]]
+
+    def graph_on(self, kind: str) -> str:
+        """The ONNX file of the decoder that our sessions run on a device: ``cpu``, ``cuda`` or another kind."""
+        name = {"cpu": RUNTIME, "cuda": CUDA}.get(kind)
+        return name if name and (self.folder / name).exists() else self.model.name
+
+    def caches_of(self, graph: str) -> list[contract.CacheShape]:
+        """K and D of each layer's cache in one of the ONNX files: in that for CUDA heads may hold positions too."""
+        positions = self.positions_of(graph)
+        return self.caches if positions is None else [(K, D + CHANNELS) for K, D in self.caches]
+
+    def positions_of(self, graph: str) -> int | None:
+        """The bits of a digit of the positions that a file's caches hold (`position_channels`); None without such."""
+        return self.manifest["model"].get("cuda_position_bits") if graph == CUDA else None
 
     @property
     def windows(self) -> list[int]:
@@ -135,6 +157,10 @@ class Bundle:
     @property
     def cache_bytes_per_token(self) -> int:
         return self.bytes_per_token(self.caches)
+
+    def cache_bytes_on(self, kind: str) -> int:
+        """Per token, as our sessions have it on a device."""
+        return self.bytes_per_token(self.caches_of(self.graph_on(kind)))
 
     def bytes_per_token(self, caches: Iterable[contract.CacheShape]) -> int:
         """Of keys and values of these layers."""
@@ -242,6 +268,7 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
     heads = m["model"].get("score_heads", 0)
     require(heads == 0 or count(heads), "model.score_heads")
     require(count(m["model"].get("layers", 1)), "model.layers")
+    require(m["model"].get("cuda_position_bits") in (None, *PAIRS), "model.cuda_position_bits")
     windows = m["model"].get("windows", [0] * len(m["model"]["caches"]))
     require(isinstance(windows, list) and len(windows) == len(m["model"]["caches"]), "model.windows")
     require(all(window == 0 or count(window) for window in windows), "model.windows")

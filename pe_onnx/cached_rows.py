@@ -71,7 +71,7 @@ class KVCache(ABC):
             raise ConfigError("a cache of an encoder-decoder, and of no other, is over sources: cache(sources=...)")
         if sources is not None and len(sources.lengths) != batch_size:
             raise ConfigError(f"{len(sources.lengths)} sources for a cache of {batch_size} rows")
-        self.score_heads = 0 if chunk_tokens or bundle.path_dependent else bundle.score_heads
+        self.score_heads = 0 if chunk_tokens or bundle.path_dependent else session.score_heads
         if chunk_tokens is None:
             usual = CUDA_CHUNK_TOKENS if session.device.kind == "cuda" else CHUNK_TOKENS
             chunk_tokens = sys.maxsize if bundle.path_dependent else usual

@@ -269,7 +269,9 @@ def budgets(check: BundleCheck, subject: Subject, why_not: str) -> None:
     own = None if check.latency is None else check.latency["contestants"][0]
     for name, limit in subject.budgets.given().items():
         if name == "cache_bytes_per_token":
-            bytes_per_token = float(subject.bundle.cache_bytes_per_token)
+            from pe_onnx.providers import device_of
+
+            bytes_per_token = float(subject.bundle.cache_bytes_on(device_of(subject.provider).kind))
             measured = [_Measured(bytes_per_token, bytes_per_token)]
         else:
             measured = [] if own is None else _measured(own, name)

@@ -111,14 +111,9 @@ class BundleContestant:
         return make_cache(self.session, 1, tokens, sources=sources)
 
 
-def cache_bytes(bundle: Bundle, tokens: int) -> int:
-    """Of one row's keys and values at ``tokens`` tokens, without those of a source."""
-    return bundle.cache_bytes_per_token * tokens
-
-
 def check_memory(bundle: Bundle, tokens: int, option: str = "--depths") -> None:
     """Raises InputError for a cache of more bytes than there are; the portable target holds two at once."""
-    needed = cache_bytes(bundle, tokens) * (2 if bundle.target == "portable" else 1)
+    needed = bundle.cache_bytes_per_token * tokens * (2 if bundle.target == "portable" else 1)
     free = available_bytes()
     if free is not None and needed > free:
         raise InputError(

@@ -25,17 +25,17 @@ class GrowingCache(KVCache):
         sources: Sources | None = None,
     ) -> None:
         super().__init__(session, batch_size, max_length, chunk_tokens, sources)
-        shapes = [(batch_size, K, 0, D) for K, D in session.bundle.caches for _ in range(2)]
+        shapes = [(batch_size, K, 0, D) for K, D in session.caches for _ in range(2)]
         self._past = [self._value(np.zeros(shape, contract.storage_dtype(self.dtype))) for shape in shapes]
         self.mask = np.zeros((batch_size, 0), np.int64)
 
     @property
     def nbytes(self) -> int:
-        return self.mask.size * self.session.bundle.cache_bytes_per_token
+        return self.mask.size * self.session.cache_bytes_per_token
 
     def _fill(self, tokens: int, rng: np.random.Generator) -> Callable[[], None]:
         B, filled = self.batch_size, []
-        for K, D in (cache for cache in self.session.bundle.caches for _ in range(2)):
+        for K, D in (cache for cache in self.session.caches for _ in range(2)):
             values = rng.standard_normal((B, K, tokens, D), np.float32)
             filled.append(self._value(contract.stored(values, self.dtype)))
         mask = np.ones((B, tokens), np.int64)

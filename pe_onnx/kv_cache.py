@@ -15,6 +15,7 @@ from pe_onnx import contract
 from pe_onnx.cached_rows import Array, KVCache, Path
 from pe_onnx.device_arrays import DeviceArray
 from pe_onnx.growing_cache import GrowingCache
+from pe_onnx.position_channels import widened
 from pe_onnx.reordering import common_prefix, reorder_rows
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
@@ -80,7 +81,7 @@ class InPlaceCache(KVCache):
 
     def _allocate(self, parents: Array, capacity: int) -> None:
         """New buffers of ``capacity`` slots, row b with what row ``parents[b]`` holds, and all bound."""
-        B, caches = len(parents), self.session.bundle.caches
+        B, caches = len(parents), self.session.caches
         for i in range(2 * self.layers):  # one buffer at a time: never two whole caches
             K, D = caches[i // 2]
             if self.windows[i // 2] and self.capacity and np.array_equal(parents, np.arange(self.batch_size)):
@@ -169,7 +170,9 @@ class InPlaceCache(KVCache):
                     buffer.put_block(b, before - after, buffer.block(b, 0, n - before).copy())
 
     def _held(self, i: int) -> list[Array]:
-        return [self.buffers[i].block(b, 0, self._resident(i // 2, n)) for b, n in enumerate(self.lengths.tolist())]
+        size = self.session.bundle.caches[i // 2][1]  # positions that keys hold besides are known
+        rows = enumerate(self.lengths.tolist())
+        return [self.buffers[i].block(b, 0, self._resident(i // 2, n))[..., :size] for b, n in rows]
 
     def _hold(self, lengths: Array, held: Iterable[list[Array]]) -> None:
         self.reserve(int(lengths.max()))
@@ -177,7 +180,11 @@ class InPlaceCache(KVCache):
             for b, (row, n) in enumerate(zip(rows, lengths.tolist(), strict=True)):
                 resident = self._resident(i // 2, n)
                 kept = min(row.shape[1], resident)  # of a window that was cut back there may be more, or fewer
-                buffer.put_block(b, resident - kept, row[:, row.shape[1] - kept :])
+                values, bits = row[:, row.shape[1] - kept :], self.session.position_bits
+                if bits is not None:
+                    positions = np.arange(n - kept, n) if i % 2 == 0 else None
+                    values = widened(values, positions, bits, self.dtype)
+                buffer.put_block(b, resident - kept, values)
 
     def _first_difference(self, a: int, b: int) -> int:
         """The slot up to which two rows hold the same keys and values."""
@@ -232,7 +239,7 @@ class InPlaceCache(KVCache):
         """Whether a run of prompts of different lengths would go wrong, besides buffers of a window, which refuse it:
         onnxruntime 1.31 on CUDA aligns the causal mask of a padded row with its end where there is a bias."""
         uneven = len({row.size for row in rows}) > 1
-        return uneven and self.session.device.kind == "cuda" and self.session.bundle.score_heads > 0
+        return uneven and self.session.device.kind == "cuda" and self.session.score_heads > 0
 
     def _run(self, ids: Array, row: int, lengths: Array) -> Array:
         """Tokens ``[b, T]`` for rows from ``row`` on, which hold ``lengths`` tokens after it."""

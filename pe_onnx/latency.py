@@ -18,7 +18,6 @@ from pe_onnx.bundle import Bundle, read_bundle
 from pe_onnx.contestants import (
     BundleContestant,
     Contestant,
-    cache_bytes,
     check_memory,
     random_tokens,
 )
@@ -27,7 +26,7 @@ from pe_onnx.fresh_process import call_fresh, status_bytes
 from pe_onnx.intervals import Estimate, median_interval, percentile, ratio_interval
 from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
 from pe_onnx.operator_times import profile as profile_bundle
-from pe_onnx.providers import resolve_provider
+from pe_onnx.providers import device_of, resolve_provider
 from pe_onnx.session import MAX_THREADS
 from pe_onnx.turns import Seconds, Turns, in_turns
 
@@ -235,9 +234,8 @@ def _note_steps(report: BenchReport, turns: Turns, depth: int, read: Sequence[Bu
             )
         )
         if figures.name in bundles:
-            each = bundles[figures.name]
-            figures.cache_bytes_per_token = each.cache_bytes_per_token
-            figures.cache_bytes[depth] = cache_bytes(each, depth)
+            figures.cache_bytes_per_token = bundles[figures.name].cache_bytes_on(device_of(report.provider).kind)
+            figures.cache_bytes[depth] = figures.cache_bytes_per_token * depth
     _note_ratios(report, turns, "decode", depth)
 
 

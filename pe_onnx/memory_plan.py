@@ -21,12 +21,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pe_onnx import contract
-from pe_onnx.bundle import Bundle
 from pe_onnx.cached_rows import CHUNK_TOKENS, LEAST_CHUNK_TOKENS, SCORE_BYTES, KVCache
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.fresh_process import status_bytes
 from pe_onnx.kv_cache import ring_slots
 from pe_onnx.memory import available_bytes
+from pe_onnx.session import Session
 
 SCORE_TENSORS = {"ort": 2.5, "portable": 4.5}
 """Of ``[b, H, T, S]`` at once: a bias, the scores under it, and what they are made of."""
@@ -50,12 +50,13 @@ class Demand(NamedTuple):
         return self.cache + self.run
 
 
-def demand(bundle: Bundle, rows: int, prompt_tokens: int, tokens: int, chunk_tokens: int) -> Demand:
+def demand(session: Session, rows: int, prompt_tokens: int, tokens: int, chunk_tokens: int) -> Demand:
     """Of ``rows`` prompts, run in chunks, that grow to ``tokens`` tokens each. Without the process itself."""
+    bundle = session.bundle
     itemsize, portable = contract.storage_dtype(bundle.cache_dtype).itemsize, bundle.target == "portable"
     cache = sum(
         2 * itemsize * K * D * (ring_slots(window) if window else tokens)
-        for (K, D), window in zip(bundle.caches, bundle.windows, strict=True)
+        for (K, D), window in zip(session.caches, bundle.windows, strict=True)
     )
     chunk = min(chunk_tokens, prompt_tokens)
     together = portable or (prompt_tokens <= chunk_tokens and not any(bundle.windows))
@@ -63,7 +64,7 @@ def demand(bundle: Bundle, rows: int, prompt_tokens: int, tokens: int, chunk_tok
     logits = 8 * max(rows, new if bundle.logits == "all" else 0) * bundle.shape["vocab_size"]  # ours and onnxruntime's
     weights = bundle.manifest["graph"]["weight_bytes"] / itemsize
     width = math.sqrt(max(weights, 1) / len(bundle.caches) / 12)
-    heads = max(bundle.score_heads, *(K for K, _ in bundle.caches)) if portable else bundle.score_heads
+    heads = max(session.score_heads, *(K for K, _ in session.caches)) if portable else session.score_heads
     row_scores = 4 * heads * tokens
     scores = row_scores * new
     if not bundle.path_dependent:  # chunks are made smaller behind a long past
@@ -77,29 +78,30 @@ def fit(cache: KVCache, prompt_tokens: int, new_tokens: int, max_memory_bytes: i
 
     copies: rows that are made of each, as beams. Raises InputError, with how many tokens would fit, where they do not.
     """
-    bundle = cache.session.bundle
+    session = cache.session
+    bundle = session.bundle
     if cache.sources is not None:
         raise ConfigError(f"max_memory_bytes = {max_memory_bytes} is for decoders; this is an encoder-decoder")
     rows = cache.batch_size * copies
-    held = int(cache.lengths.sum()) * bundle.cache_bytes_per_token
+    held = int(cache.lengths.sum()) * session.cache_bytes_per_token
     process = max((status_bytes("VmRSS") or 0) - held, bundle.manifest["graph"]["weight_bytes"]) + OVERHEAD_BYTES
     left = max_memory_bytes - process
     wanted = prompt_tokens + new_tokens - 1  # the last token drawn is never run
     if cache.max_length is not None:
         wanted = max(min(wanted, cache.max_length), prompt_tokens)
     least = prompt_tokens if bundle.path_dependent else min(FEWEST_CHUNK_TOKENS, cache.chunk_tokens)
-    if demand(bundle, rows, prompt_tokens, wanted, least).total > left:
-        fitting = _most_tokens(bundle, rows, left, None if bundle.path_dependent else least)
-        needed = process + demand(bundle, rows, prompt_tokens, wanted, least).total
+    if demand(session, rows, prompt_tokens, wanted, least).total > left:
+        fitting = _most_tokens(session, rows, left, None if bundle.path_dependent else least)
+        needed = process + demand(session, rows, prompt_tokens, wanted, least).total
         raise InputError(
             f"{rows} x {wanted} tokens take about {_mb(needed)} MB, {_mb(process)} of them the loaded model, and "
             f"max_memory is {_mb(max_memory_bytes)} MB: {rows} x {fitting} tokens, prompt and new ones, would fit"
         )
     if bundle.path_dependent:
         return  # a prompt is one run
-    cache.score_heads = bundle.score_heads
+    cache.score_heads = session.score_heads
     chunk = min(CHUNK_TOKENS, cache.chunk_tokens)
-    while chunk > least and demand(bundle, rows, prompt_tokens, wanted, chunk).total > left:
+    while chunk > least and demand(session, rows, prompt_tokens, wanted, chunk).total > left:
         chunk = max(chunk // 2, least)
     cache.chunk_tokens = chunk
 
@@ -115,14 +117,14 @@ def make_room(
         fit(cache, prompt_tokens, new_tokens, max_memory_bytes, copies)
     limit = cache.max_length or sys.maxsize
     tokens, free = min(prompt_tokens + new_tokens - 1, limit), available_bytes()
-    needed = cache.batch_size * tokens * cache.session.bundle.cache_bytes_per_token
+    needed = cache.batch_size * tokens * cache.session.cache_bytes_per_token
     if prompt_tokens <= limit and (free is None or needed < free):
         cache.reserve(tokens)
 
 
-def _most_tokens(bundle: Bundle, rows: int, left: int, chunk_tokens: int | None) -> int:
+def _most_tokens(session: Session, rows: int, left: int, chunk_tokens: int | None) -> int:
     """How many tokens a row may have for its demand to be ``left`` bytes; chunks of all of them for None."""
-    return most_fitting(lambda n: demand(bundle, rows, n, n, chunk_tokens or n).total <= left, 1 << 40)
+    return most_fitting(lambda n: demand(session, rows, n, n, chunk_tokens or n).total <= left, 1 << 40)
 
 
 def most_fitting(fits: Callable[[int], bool], most: int) -> int:

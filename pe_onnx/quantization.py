@@ -129,8 +129,9 @@ def quantize(
         except ValueError as error:  # onnx-ir reads no link out of the folder
             raise ExportError(f"the weights of {source.folder} cannot be read: {first_line(error)}") from error
         _copy_assets(source, folder)
+        manifest["model"].pop("cuda_position_bits", None)
         if cache is None:
-            write_runtime(folder)
+            manifest["model"] |= write_runtime(folder)
         made = Bundle(folder, manifest)
         if verify:
             progress("verify")

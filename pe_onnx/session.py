@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_onnx import contract
-from pe_onnx.bundle import CUDA, PROMPT, RUNTIME, Bundle
+from pe_onnx.bundle import PROMPT, Bundle
 from pe_onnx.device_arrays import DeviceArray, to_device, to_host
 from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line
 from pe_onnx.prepared_graph import PreparedGraph, prepared_graph
@@ -94,17 +94,22 @@ class Session:
             raise ConfigError(f"optimize = {level!r} must be one of {', '.join(LEVELS)}{did_you_mean(level, LEVELS)}")
         self.bundle = bundle
         self.device = device_of(provider)
-        self.model = bundle.folder / (graph or bundle.model.name)
-        ours = {PROVIDERS["cpu"]: RUNTIME, PROVIDERS["cuda"]: CUDA}.get(wanted)
-        if ours and graph is None and profile is None and (bundle.folder / ours).exists():
-            self.model = bundle.folder / ours
-        self.inputs, self.outputs = bundle.graphs.get(self.model.name, bundle.graphs[bundle.model.name])
+        plain = graph is None and profile is None
+        self.model = bundle.folder / (graph or (bundle.graph_on(self.device.kind) if plain else bundle.model.name))
+        self.inputs, self.outputs = bundle.tensors(self.model.name)
+        self.caches = bundle.caches_of(self.model.name)
+        """K and D of each layer's cache, as the graph has them."""
+        self.position_bits = bundle.positions_of(self.model.name)
+        """Where keys hold positions too, the bits of a digit (`position_channels`)."""
+        self.score_heads = bundle.score_heads if self.position_bits is None else 0
+        """H of the tensors [H, T, S] that a run holds; 0 where attention is fused and has no bias."""
         self._prompts: Session | None = None
         given: dict[str, Any] = {"options": options, "optimize": optimize, "prepare": prepare}
-        quick = graph is None and profile is None and (bundle.folder / PROMPT).exists()
+        on_cpu = wanted == PROVIDERS["cpu"]
+        quick = plain and self.device.kind != "cuda" and (bundle.folder / PROMPT).exists()
         self._open_prompts = partial(Session, bundle, provider, threads, graph=PROMPT, **given) if quick else None
-        plain = level == "all" and not options and profile is None and wanted == PROVIDERS["cpu"]
-        place = prepared_graph(bundle, self.model.name) if prepare and plain else None
+        common = level == "all" and not options and profile is None and on_cpu
+        place = prepared_graph(bundle, self.model.name) if prepare and common else None
         self.not_captured: str | None = None if self.device.kind == "cuda" else "the provider is not CUDA"
         """Why decode steps are not recorded as CUDA graphs; None where they are."""
         if self.device.kind == "cuda":
@@ -174,6 +179,10 @@ class Session:
                         f"{self.model}: {value.name} is {value.type} {value.shape}, its manifest says "
                         f"{list(wanted[value.name])}, {self.bundle.cache_dtype}"
                     )
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return self.bundle.bytes_per_token(self.caches)
 
     def placement(self) -> list[PlacedNode]:
         """Which provider runs each node, in a session that was opened with RECORD_PLACEMENT among its options."""

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
+from pe_onnx import position_channels
 from pe_onnx.bundle import CUDA, ENCODER, RUNTIME, WEIGHTS, Bundle
 from pe_onnx.errors import ExportError
 from pe_onnx.external_weights import load
@@ -73,12 +75,25 @@ def _error(bundle: Bundle, proof: Proof | Seq2SeqProof) -> float:
         one = Session(bundle, options=LEAN, graph=graph)
 
         def run(feed: Feed, past: list[LayerCache]) -> tuple[torch.Tensor, list[LayerCache]]:
-            return _cached(one, feed.input_ids, feed.attention_mask, feed.position_ids, past)
+            return _cached(one, feed.input_ids, feed.attention_mask, feed.position_ids, _fitting(one, past))
 
         return proof.error(run, *options)
 
     graphs = [name for name in (bundle.model.name, RUNTIME, CUDA) if (bundle.folder / name).exists()]
     return max(map(error_of, graphs))
+
+
+def _fitting(session: Session, past: list[LayerCache]) -> list[LayerCache]:
+    """The caches, with the positions of their slots where the graph has them in keys and they do not."""
+    bits = session.position_bits
+    if bits is None or past[0][0].shape[-1] == session.caches[0][1]:
+        return past
+
+    def widened(x: torch.Tensor, positions: np.ndarray | None) -> torch.Tensor:
+        rows = [position_channels.widened(row.numpy(), positions, bits, session.bundle.cache_dtype) for row in x]
+        return torch.from_numpy(np.stack(rows))
+
+    return [(widened(key, np.arange(key.shape[2])), widened(value, None)) for key, value in past]
 
 
 def _run(session: Session, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -32,6 +32,7 @@ with needs("export", "'pe-onnx[export]'"):
     from torch import nn
 
 from pe_onnx.models.exportable import Exportable
+from pe_onnx.passes.alibi_channels import AlibiChannels
 from pe_onnx.passes.quantized_weights import storage_of
 from pe_onnx.passes.rotating_attention import RotatingAttention
 from pe_onnx.passes.whole_bias import WholeBias
@@ -72,7 +73,7 @@ def write(
         if target == "portable" and DECODER in models:
             _write_merged(folder, exportable)
         if not window_cache:
-            write_runtime(folder)
+            manifest["model"] |= write_runtime(folder)
         for name, values in (
             ("config", exportable.config),
             ("generation_config", exportable.generation_config),
@@ -138,21 +139,26 @@ def _same_bytes(tensor: ir.ExternalTensor, value: ir.Value) -> ir.ExternalTensor
     )
 
 
-def write_runtime(folder: Path) -> None:
+def write_runtime(folder: Path) -> dict[str, Any]:
     """The decoder once more as our sessions run it: with rotations inside attention, where it has such, and in half
-    precision, which is for CUDA, biases of fixed shapes. On the CPU only where weights are a file beside the graphs.
+    precision, which is for CUDA, ALiBi in channels of the heads and other biases of fixed shapes. On the CPU only where
+    weights are a file beside the graphs. Returns what the manifest's ``model`` has to say of it.
     """
     if not (folder / MODEL).exists():
-        return
+        return {}
     model = ir.load(folder / MODEL)
     half = any(value.dtype in HALF for value in model.graph.inputs)
     if not half and not (folder / WEIGHTS).exists():
-        return
+        return {}
     rotated = RotatingAttention()(model).modified
-    if half and (WholeBias()(model).modified or rotated):
+    if not half:
+        if rotated:
+            ir.save(model, folder / RUNTIME)
+        return {}
+    channels = AlibiChannels()
+    if any([rotated, channels(model).modified, WholeBias()(model).modified]):
         ir.save(model, folder / CUDA)
-    elif rotated:
-        ir.save(model, folder / RUNTIME)
+    return {} if channels.bits is None else {"cuda_position_bits": channels.bits}
 
 
 def _cut_to_windows(path: Path, layers: int) -> list[int]:

@@ -37,7 +37,7 @@ def test_chunks_shrink_until_they_fit(bundles: Bundles, monkeypatch: pytest.Monk
     cache = model.cache()
     bundle = model.bundle
     for chunk in (256, 64, 16):
-        needed = 100 * MB + memory_plan.demand(bundle, 1, 2000, 2004, chunk).total
+        needed = 100 * MB + memory_plan.demand(model.session, 1, 2000, 2004, chunk).total
         assert model.generate(TOKENS[:2000], 5, max_memory_bytes=needed).tokens == whole
         cache = model.cache()
         memory_plan.make_room(cache, 2000, 5, needed)
@@ -50,15 +50,15 @@ def test_chunks_shrink_until_they_fit(bundles: Bundles, monkeypatch: pytest.Monk
     fitting = int(str(caught.value).split("1 x ")[2].split()[0])
     assert 100 < fitting < 2004
     left = needed - MB // 2 - 100 * MB
-    assert memory_plan.demand(bundle, 1, fitting, fitting, 16).total <= left
-    assert memory_plan.demand(bundle, 1, fitting + 1, fitting + 1, 16).total > left
+    assert memory_plan.demand(model.session, 1, fitting, fitting, 16).total <= left
+    assert memory_plan.demand(model.session, 1, fitting + 1, fitting + 1, 16).total > left
 
 
 def test_where_a_prompt_is_one_run_it_fits_or_not(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "status_bytes", lambda field: None)
     model = pe_onnx.load(bundles("rope_dynamic", config={"max_position_embeddings": 64}))
     weights = model.bundle.manifest["graph"]["weight_bytes"] + memory_plan.OVERHEAD_BYTES
-    needed = weights + memory_plan.demand(model.bundle, 2, 90, 94, 90).total
+    needed = weights + memory_plan.demand(model.session, 2, 90, 94, 90).total
     prompts = [TOKENS[:90], TOKENS[5:20]]
     made = model.generate(prompts, 5, max_length=200, max_memory_bytes=needed)
     assert [r.tokens for r in made] == [r.tokens for r in model.generate(prompts, 5, max_length=200)]
@@ -84,14 +84,14 @@ print(json.dumps([loaded, status_bytes("VmHWM")]))
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is Linux's")
 def test_a_process_keeps_to_its_budget(bundles: Bundles, encoding: str, target: str) -> None:
     """One that chunks of 256 tokens would exceed where there are scores; and the plan grows with the length alone."""
-    bundle, tokens = pe_onnx.load(bundles(encoding, target)).bundle, 4000
-    budget = memory_plan.demand(bundle, 1, tokens, tokens + 1, 32).total + memory_plan.OVERHEAD_BYTES + 4 * MB
-    command = [sys.executable, "-c", RUN, str(bundle.folder), str(tokens), str(budget)]
+    model, tokens = pe_onnx.load(bundles(encoding, target)), 4000
+    budget = memory_plan.demand(model.session, 1, tokens, tokens + 1, 32).total + memory_plan.OVERHEAD_BYTES + 4 * MB
+    command = [sys.executable, "-c", RUN, str(model.bundle.folder), str(tokens), str(budget)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     loaded, peak = json.loads(result.stdout)
     assert peak <= loaded + budget
-    at_8k, at_16k, at_32k = (memory_plan.demand(bundle, 1, n, n, 256).total for n in (8192, 16384, 32768))
+    at_8k, at_16k, at_32k = (memory_plan.demand(model.session, 1, n, n, 256).total for n in (8192, 16384, 32768))
     assert at_32k - at_16k < 2.1 * (at_16k - at_8k)
 
 

@@ -25,14 +25,16 @@ def inputs_of(node: ir.Node) -> list[ir.Value | None]:
     return [*node.inputs, *[None] * (INPUTS - len(node.inputs))]
 
 
-def regroup(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], more: dict[str, Any]) -> None:
-    """Put GroupQueryAttention in the place of a CachedAttention, whose attributes it keeps beside ``more``."""
+def regroup(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], more: dict[str, Any]) -> ir.Node:
+    """Put GroupQueryAttention in the place of a CachedAttention, whose attributes it keeps beside ``more``; the new
+    node."""
     attributes = {RENAMED.get(name, name): attribute(node, name, None) for name in node.attributes} | more
     new = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3, name=node.name)
     graph.insert_before(node, new)
     for made, old in zip(new.outputs, node.outputs, strict=True):
         take_place(made, old)
     graph.remove(node, safe=True)
+    return new
 
 
 def finish(model: ir.Model) -> None:

@@ -121,10 +121,14 @@ def part(value: ir.Value | None) -> Part | None:
 def constant(graph: ir.Graph, values: Sequence[int]) -> ir.Value:
     """An int64 initializer, one for equal values."""
     name = "_".join(["pe_onnx_int64", *map(str, values)])
-    if name not in graph.initializers:
-        value = ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64), name=name))
-        value.shape, value.type = ir.Shape((len(values),)), ir.TensorType(ir.DataType.INT64)
-        graph.initializers[name] = value
+    return graph.initializers.get(name) or initializer(graph, name, np.array(values, np.int64))
+
+
+def initializer(graph: ir.Graph, name: str, values: np.ndarray[Any, Any]) -> ir.Value:
+    """A new one of the array's dtype and shape."""
+    tensor = ir.tensor(np.ascontiguousarray(values), name=name)
+    shape, kind = ir.Shape(values.shape), ir.TensorType(tensor.dtype)
+    graph.initializers[name] = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
     return graph.initializers[name]
 
 

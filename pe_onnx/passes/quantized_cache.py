@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from pe_onnx.errors import ConfigError
 from pe_onnx.passes.grouped_attention import cached_attentions, finish, inputs_of, regroup
+from pe_onnx.passes.nodes import initializer
 
 INT8 = ir.TensorType(ir.DataType.INT8)
 
@@ -48,18 +49,9 @@ class QuantizedCache(ir.passes.InPlacePass):
 
     def _replace(self, graph: ir.Graph, node: ir.Node, layer: int, scales: Scales) -> None:
         given = inputs_of(node)
-        held = [_initializer(graph, f"present.{layer}.{kind}_scale", x) for kind, x in zip("kv", scales, strict=True)]
+        held = [
+            initializer(graph, f"present.{layer}.{kind}_scale", np.asarray(x, np.float32))
+            for kind, x in zip("kv", scales, strict=True)
+        ]
         quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         regroup(graph, node, [*given[:7], None, None, None, *given[7:], *held], quantized)
-
-
-def _initializer(graph: ir.Graph, name: str, values: Any) -> ir.Value:
-    array = np.ascontiguousarray(values, np.float32)
-    value = ir.Value(
-        name=name,
-        const_value=ir.tensor(array, name=name),
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
-    )
-    graph.initializers[name] = value
-    return value

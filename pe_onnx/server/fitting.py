@@ -51,4 +51,4 @@ def slot_length(model: Model, options: ServerOptions) -> int | None:
 
 def _bytes(model: Model, slots: int, tokens: int) -> int:
     """Of the cache."""
-    return demand(model.bundle, slots, 1, tokens, 1).cache
+    return demand(model.session, slots, 1, tokens, 1).cache

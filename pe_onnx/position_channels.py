@@ -1,0 +1,83 @@
+"""Channels of a head that hold positions: with them ALiBi's penalty is part of the product of query and key.
+
+Softmax ignores what all scores of a query share, so ``slope * key position`` is as good a penalty as the distance. A
+key's channels hold its position, a query's the slope of its head, each in pieces that half precision holds exactly; no
+bias is made, added or read, and attention stays on its fastest kernel::
+
+    position / 256 = sum over i of digit[i] 2^(i bits - 8)      0 <= digit[i] < 2^bits
+    256 slope / scale = sum over j of piece[j]                  each what is left, rounded
+    scale q k = scale (q k of the head's own channels) + slope position
+
+Products are added in float32. float16 holds 11 bits, and slopes in two pieces are as exact as in float32. Of bfloat16,
+which holds 8, the last digit's product with the third piece has no channel left: scores are off by slope / 256 at most.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pe_onnx.contract import stored
+
+CHANNELS = 8
+"""That a head has more; onnxruntime's CUDA kernels take heads of multiples of 8."""
+PAIRS = {
+    11: ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)),
+    8: ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)),
+}
+"""Digit and piece of each channel in use, by the bits of a digit."""
+BITS = {"float16": 11, "bfloat16": 8}
+"""Of a digit, by the dtype of the cache."""
+SHIFT = 8
+"""Powers of two that slopes have more and digits fewer, so that float16 holds both."""
+MOST_POSITIONS = 1 << 24
+"""What three digits reach in either dtype: float16 holds no fourth of 2^22."""
+
+Array = np.ndarray[Any, Any]
+
+
+def factors(bits: int) -> Array:
+    """float64 ``[CHANNELS]``: of a digit in a key's channel; 0 where a channel is left over."""
+    used = [2.0 ** (digit * bits - SHIFT) for digit, _ in PAIRS[bits]]
+    return np.array(used + [0.0] * (CHANNELS - len(used)))
+
+
+def of_keys(positions: Array, bits: int) -> Array:
+    """A key's channels, float32: positions ``[...]``, integers below MOST_POSITIONS, to ``[..., CHANNELS]``."""
+    digits = [positions >> (digit * bits) & ((1 << bits) - 1) for digit, _ in PAIRS[bits]]
+    digits += [np.zeros_like(positions)] * (CHANNELS - len(digits))
+    return (np.stack(digits, -1) * factors(bits)).astype(np.float32)
+
+
+def of_queries(slopes: Array, scale: float, dtype: str) -> Array | None:
+    """A query's channels, float64 ``[H, CHANNELS]``, each a number of ``dtype``; None where it does not hold them.
+
+    slopes: ``[H]``. scale: of the scores. dtype: ``float16`` or ``bfloat16``.
+    """
+    left = np.asarray(slopes, np.float64) * 2.0**SHIFT / scale
+    bits, pieces = BITS[dtype], []
+    for _ in range(1 + max(piece for _, piece in PAIRS[bits])):
+        pieces.append(_rounded(left, dtype))
+        left = left - pieces[-1]
+    if not np.isfinite(pieces).all() or (np.abs(left) > 2.0**-22 * np.maximum(np.abs(sum(pieces)), 1)).any():
+        return None
+    used = [pieces[piece] for _, piece in PAIRS[bits]]
+    return np.stack(used + [np.zeros_like(left)] * (CHANNELS - len(used)), -1)
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    """float64, to numbers of float16 or bfloat16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = stored(values.astype(np.float32), dtype)
+    return (made if dtype == "float16" else (made.astype(np.uint32) << 16).view(np.float32)).astype(np.float64)
+
+
+def widened(values: Array, positions: Array | None, bits: int, dtype: str) -> Array:
+    """Keys or values ``[K, n, D]`` with the channels of a cache that has them, ``[K, n, D + CHANNELS]``, stored alike.
+
+    positions: of keys, ``[n]``; None for values, whose channels are zeros.
+    """
+    K, n, _ = values.shape
+    more = np.zeros((n, CHANNELS), np.float32) if positions is None else of_keys(positions, bits)
+    return np.concatenate((values, np.broadcast_to(stored(more, dtype), (K, n, CHANNELS))), -1)
