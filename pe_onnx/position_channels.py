@@ -59,8 +59,10 @@ def of_queries(slopes: Array, scale: float, dtype: str) -> Array | None:
     bits, pieces = BITS[dtype], []
     for _ in range(1 + max(piece for _, piece in PAIRS[bits])):
         pieces.append(_rounded(left, dtype))
+        if not np.isfinite(pieces[-1]).all():
+            return None
         left = left - pieces[-1]
-    if not np.isfinite(pieces).all() or (np.abs(left) > 2.0**-22 * np.maximum(np.abs(sum(pieces)), 1)).any():
+    if (np.abs(left) > 2.0**-22 * np.maximum(np.abs(sum(pieces)), 1)).any():
         return None
     used = [pieces[piece] for _, piece in PAIRS[bits]]
     return np.stack(used + [np.zeros_like(left)] * (CHANNELS - len(used)), -1)

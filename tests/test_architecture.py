@@ -14,7 +14,7 @@ import pe_onnx
 LAYERS = [
     ("errors",),
     ("discovery", "config", "contract", "tolerance", "machine", "report_files", "plain_values", "block_quantization"),
-    ("npm_packages", "explanation"),
+    ("npm_packages", "explanation", "position_channels"),
     ("intervals", "graph_nodes", "external_weights", "fresh_process", "yardstick_model", "prepared", "cuda_memory"),
     ("attribution", "turns", "providers"),
     ("device_arrays", "doctor"),
@@ -73,7 +73,7 @@ RUNTIME = (
     *("session", "memory", "sources", "reordering", "saved_cache", "cached_rows", "growing_cache", "kv_cache"),
     *("memory_plan", "tokenizer", "packages", "packager", "sampling", "beam_search", "generate"),
     "server",
-    *("machine", "report_files", "plain_values", "explanation"),
+    *("machine", "report_files", "plain_values", "explanation", "position_channels"),
     *("intervals", "graph_nodes", "fresh_process", "attribution", "turns", "contestants"),
     *("operator_times", "yardstick_model", "yardstick", "relative", "baselines", "regression"),
     *("bench_report", "bench_tables", "text_bits", "comparison_figures", "comparison_tables"),

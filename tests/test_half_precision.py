@@ -47,7 +47,14 @@ def runs(session: Session) -> list[Array]:
 
 @pytest.mark.parametrize(
     ("encoding", "written"),
-    [("none", False), ("alibi", False), ("rope", True), ("rope_interleaved", True), ("t5_bias", True)],
+    [
+        ("none", False),
+        ("alibi_falcon", False),
+        ("alibi", True),
+        ("rope", True),
+        ("rope_interleaved", True),
+        ("t5_bias", True),
+    ],
 )
 def test_the_graph_for_cuda(bundles: Bundles, encoding: str, written: bool) -> None:
     folder = half(bundles, encoding)
@@ -113,7 +120,7 @@ def test_the_size_of_a_run_is_never_handed_to_a_device(bundles: Bundles) -> None
 # ------------------------------------------------------------------------------------------------------------ bfloat16
 
 
-@pytest.mark.parametrize("encoding", ["rope", "t5_bias"])
+@pytest.mark.parametrize("encoding", ["rope", "t5_bias", "alibi"])
 def test_bfloat16_is_proven_in_float32(bundles: Bundles, encoding: str) -> None:
     """The proof's graphs, which are gone when it is over, are those of the bundle with weights widened: against PyTorch
     with the weights rounded they are float32's, not bfloat16's, distance apart."""

@@ -35,7 +35,6 @@ def test_chunks_shrink_until_they_fit(bundles: Bundles, monkeypatch: pytest.Monk
     whole = model.generate(TOKENS[:2000], 5).tokens
     sizes = set()
     cache = model.cache()
-    bundle = model.bundle
     for chunk in (256, 64, 16):
         needed = 100 * MB + memory_plan.demand(model.session, 1, 2000, 2004, chunk).total
         assert model.generate(TOKENS[:2000], 5, max_memory_bytes=needed).tokens == whole

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from pe_onnx.passes.grouped_attention import PE_ONNX, cached_attentions, finish, inputs_of, regroup
+from pe_onnx.passes.grouped_attention import PE_ONNX, cached_attentions, finish, inputs_of, joined, regroup
 from pe_onnx.passes.nodes import Size, attribute, constant, drop, initializer, insert, made_by, numbers
 from pe_onnx.position_channels import BITS, CHANNELS, PAIRS, Array, factors, of_queries
 
@@ -124,7 +124,9 @@ def _widen(graph: ir.Graph, layer: _Layer, channels: ir.Value) -> None:
     node, (H, K), D = layer.node, layer.heads, layer.size
     given = inputs_of(node)
     N, wide = H + 2 * K, D + CHANNELS
-    x = _joined(node, [H * D, K * D, K * D])
+    x = joined(given[:3], [H * D, K * D, K * D])
+    if x is None:
+        x = insert(node, "Concat", given[:3], [UNKNOWN, UNKNOWN, N * D], {"axis": -1})
     heads = insert(node, "Reshape", [x, constant(graph, [0, 0, N, D])], [UNKNOWN, UNKNOWN, N, D])
     whole = insert(node, "Concat", [heads, channels], [UNKNOWN, UNKNOWN, N, wide], {"axis": -1})
     packed = insert(node, "Reshape", [whole, constant(graph, [0, 0, N * wide])], [UNKNOWN, UNKNOWN, N * wide])
@@ -145,14 +147,3 @@ def _widen(graph: ir.Graph, layer: _Layer, channels: ir.Value) -> None:
     for use in uses:
         use.node.replace_input_with(use.idx, result)
     made.name, result.name, result.shape = f"{name}/with_channels", name, shape
-
-
-def _joined(node: ir.Node, widths: list[int]) -> ir.Value:
-    """Queries, keys and values side by side: what a Split made them of, or anew."""
-    query, key, value = (x for x in node.inputs[:3] if x is not None)
-    split = query.producer()
-    if split is not None and (split.domain, split.op_type) == ("", "Split") and split.inputs[0] is not None:
-        whole = list(split.outputs) == [query, key, value] and numbers(split.inputs[1]) == widths
-        if whole and attribute(split, "axis", 0) == -1:
-            return split.inputs[0]
-    return insert(node, "Concat", [query, key, value], [UNKNOWN, UNKNOWN, sum(widths)], {"axis": -1})

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from pe_onnx.passes.nodes import attribute, take_place
+from pe_onnx.passes.nodes import attribute, is_last, numbers, take_place
 
 PE_ONNX, MICROSOFT = "pe_onnx", "com.microsoft"
 INPUTS = 9
@@ -23,6 +23,18 @@ def cached_attentions(graph: ir.Graph) -> list[ir.Node]:
 def inputs_of(node: ir.Node) -> list[ir.Value | None]:
     """All of INPUTS, None for those that are left out."""
     return [*node.inputs, *[None] * (INPUTS - len(node.inputs))]
+
+
+def joined(parts: Sequence[ir.Value | None], widths: Sequence[int]) -> ir.Value | None:
+    """The value of whose last axis a Split makes just these parts, of these widths; None where none is."""
+    split = parts[0].producer() if parts[0] is not None else None
+    if split is None or (split.domain, split.op_type) != ("", "Split") or list(split.outputs) != list(parts):
+        return None
+    whole, *others = split.inputs
+    even = not others and len(set(widths)) == 1
+    if whole is None or not (even or (others and numbers(others[0]) == list(widths))):
+        return None
+    return whole if is_last(attribute(split, "axis", 0), whole) else None
 
 
 def regroup(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], more: dict[str, Any]) -> ir.Node:

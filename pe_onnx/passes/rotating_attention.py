@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from pe_onnx.passes.grouped_attention import PE_ONNX, cached_attentions, finish, inputs_of, regroup
-from pe_onnx.passes.nodes import attribute, constant, drop, insert, numbers, readers
+from pe_onnx.passes.grouped_attention import PE_ONNX, cached_attentions, finish, inputs_of, joined, regroup
+from pe_onnx.passes.nodes import attribute, constant, drop, insert, readers
 
 Tables = tuple[ir.Value, ir.Value, ir.Value]
 """Cosines and sines ``[total_length, D / 2]``, and each token's row ``[B, T]``."""
@@ -50,36 +50,35 @@ def _rotate(graph: ir.Graph, node: ir.Node, tables: dict[tuple[ir.Value, ir.Valu
     given = inputs_of(node)
     rotations = [_rotation(x) for x in given[:2]]
     query, key = (rotation.node if rotation else None for rotation in rotations)
-    value = given[2].producer() if given[2] is not None else None
-    if query is None or key is None or value is None or value.op_type != "Split" or value.domain:
-        return False
     H, K, D = attribute(node, "num_heads", 0), attribute(node, "kv_heads", 0), _last(given[3])
-    if D is None or numbers(value.inputs[1]) != [H * D, K * D, K * D] or attribute(value, "axis", 0) != -1:
+    if query is None or key is None or D is None:
         return False
-    joined, interleaved = list(value.outputs), attribute(query, "interleaved", 0)
-    for part, made, heads in zip(joined, rotations, (H, K), strict=False):
+    parts = [*(rotation and rotation.source for rotation in rotations), given[2]]
+    whole, interleaved = joined(parts, [H * D, K * D, K * D]), attribute(query, "interleaved", 0)
+    if whole is None:
+        return False
+    for made, heads in zip(rotations, (H, K), strict=True):
         assert made is not None
         rotation = made.node
         if (
             (rotation.domain, rotation.op_type) != (PE_ONNX, "RotaryEmbedding")
-            or made.source is not part
             or rotation.inputs[1:3] != query.inputs[1:3]
             or attribute(rotation, "interleaved", 0) != interleaved
             or attribute(rotation, "num_heads", 0) != heads
             or attribute(rotation, "rotary_dim", 0) != D
         ):
             return False
-    alone = all(len(readers(x)) == 1 for x in (*joined, query.outputs[0], key.outputs[0], *given[:2]) if x is not None)
-    if given[2] is not joined[2] or not alone or given[6] is None:
+    alone = all(len(readers(x)) == 1 for x in (*parts, query.outputs[0], key.outputs[0], *given[:2]) if x is not None)
+    if not alone or given[6] is None:
         return False
 
     cos, sin = query.inputs[1:3]
     assert cos is not None
     assert sin is not None
     if (cos, sin) not in tables:
-        assert joined[0].dtype is not None
-        tables[cos, sin] = _tables(graph, node, (cos, sin), given[6], D // 2, joined[0].dtype)
-    inputs = [value.inputs[0], None, None, *given[3:7], *tables[cos, sin], *given[7:]]
+        assert whole.dtype is not None
+        tables[cos, sin] = _tables(graph, node, (cos, sin), given[6], D // 2, whole.dtype)
+    inputs = [whole, None, None, *given[3:7], *tables[cos, sin], *given[7:]]
     regroup(graph, node, inputs, {"do_rotary": 1, "rotary_interleaved": interleaved})
     for rotated in given[:2]:
         drop(rotated)
