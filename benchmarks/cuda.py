@@ -1,11 +1,12 @@
 """Decoders on a CUDA device: decode ms/token and prefill tokens/s against context, in half precision.
 
 Six encodings of preset ``base``, and a decoder of 1.1 billion parameters with RoPE, ALiBi and none, batch 1: ours in
-onnxruntime, steps recorded as CUDA graphs. Beside the large one, on the same device and in turns with it: transformers'
-Llama of the same sizes, eager with SDPA, and compiled (``torch.compile``, ``reduce-overhead``) with a static cache.
-Weights and caches are random; what a step costs does not depend on them. A step is timed from the token on the host to
-the logits on the host. The bound of a step is (bytes of weights + bytes of cache in use) / the rate at which the device
-copies within its own memory, bytes read and written counted, measured in the same run.
+onnxruntime, steps recorded as CUDA graphs, ALiBi in channels of the heads and as a bias. Beside the large one, on the
+same device and in turns with it: transformers' Llama of the same sizes, eager with SDPA, and compiled
+(``torch.compile``, ``reduce-overhead``) with a static cache. Weights and caches are random; what a step costs does not
+depend on them. A step is timed from the token on the host to the logits on the host. The bound of a step is (bytes of
+weights + bytes of cache in use) / the rate at which the device copies within its own memory, bytes read and written
+counted, measured in the same run.
 
     python benchmarks/cuda.py [--contexts 1024,8192,32768] [--cache DIR] [--prepare] [-o benchmarks/cuda.json]
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -26,11 +29,14 @@ from cuda_torch import PROMPT_REPEATS, against_torch
 from steps import WARM_UP, decode_times, median_ms
 
 import pe_onnx
+from pe_onnx.bundle import CUDA
 from pe_onnx.doctor import cuda as cuda_facts
 from pe_onnx.machine import describe_machine, versions
 
 ENCODINGS = ("none", "learned", "sinusoidal", "rope", "t5_bias", "alibi")
 LARGE_ENCODINGS = ("none", "rope", "alibi")
+BIASED = ", as a bias"
+"""Behind ``alibi``: without the file that has it in channels of the heads."""
 LONGEST = 32_768 + 64
 BASE: dict[str, Any] = {"max_position_embeddings": LONGEST}
 LARGE: dict[str, Any] = {
@@ -67,7 +73,11 @@ TORCH, KERNELS = "torch", "kernels"
 def folders(cache: Path, size: str, dtype: str) -> dict[str, Path]:
     """The bundles of a size, by encoding."""
     preset, sizes, encodings = SIZES[size]
-    return {e: bundle(cache, f"{size}_{e}_{dtype}", e, dtype, sizes, preset) for e in encodings}
+    made = {e: bundle(cache, f"{size}_{e}_{dtype}", e, dtype, sizes, preset) for e in encodings}
+    plain = made["alibi"].with_name(f"{made['alibi'].name}_as_a_bias")
+    if not plain.exists():
+        shutil.copytree(made["alibi"], plain, copy_function=os.link, ignore=shutil.ignore_patterns(CUDA))
+    return {**made, f"alibi{BIASED}": plain}
 
 
 def copy_rate() -> float:
@@ -108,7 +118,7 @@ def step_bytes(model: Any, context: int) -> int:
     embedding = config["vocab_size"] * config["hidden_size"] * itemsize
     position = LONGEST * config["hidden_size"] * itemsize if config["encoding"] == "learned" else 0
     weights: int = manifest["graph"]["weight_bytes"]
-    return weights - embedding - position + context * model.bundle.cache_bytes_per_token
+    return weights - embedding - position + context * model.session.cache_bytes_per_token
 
 
 def measure(models: dict[str, Any], contexts: list[int], repeats: int, rate: float) -> dict[str, Any]:
@@ -131,13 +141,12 @@ def measure(models: dict[str, Any], contexts: list[int], repeats: int, rate: flo
 
 def copies(folder: Path) -> list[dict[str, Any]]:
     """Of a profile of some decode steps every copy between host and device, with its bytes: none is of the cache."""
-    from pe_onnx.bundle import CUDA, read_bundle
+    from pe_onnx.bundle import read_bundle
     from pe_onnx.kv_cache import make_cache
     from pe_onnx.session import Session
 
     read = read_bundle(folder, verify=False)
-    graph = CUDA if (folder / CUDA).exists() else read.model.name
-    session = Session(read, "cuda", graph=graph, profile=folder / "profile")
+    session = Session(read, "cuda", graph=read.graph_on("cuda"), profile=folder / "profile")
     cache = make_cache(session, 1, 512)
     cache.prefill([list(range(256))])
     for _ in range(4):
@@ -184,7 +193,7 @@ def table(title: str, contexts: list[str], rows: dict[str, dict[str, float]], di
         cells = []
         for context in contexts:
             if context not in figures:
-                cells.append("-")
+                cells.append("not measured")
                 continue
             value = figures[context]
             ratio = base[context] / value if inverse else value / base[context]
@@ -198,9 +207,13 @@ def tables(result: dict[str, Any]) -> str:
     contexts = [str(c) for c in result["contexts"]]
     decode, prefill = {}, {}
     for size, label in (("base", "85M"), ("large", "1.1B")):
-        for name, figures in result.get(size, {}).items():
-            decode[f"{label}, `{name}`"] = {c: x["ms"] for c, x in figures["decode"].items()}
-            prefill[f"{label}, `{name}`"] = figures["prefill"]
+        measured = result.get(size, {})
+        for name in (*SIZES[size][2], f"alibi{BIASED}") if measured else ():
+            figures = measured.get(name, {"decode": {}, "prefill": {}})
+            encoding, form = name.removesuffix(BIASED), BIASED if name.endswith(BIASED) else ""
+            shown = f"{label}, `{encoding}`{form}"
+            decode[shown] = {c: x["ms"] for c, x in figures["decode"].items()}
+            prefill[shown] = figures["prefill"]
     for name in ("pe-onnx", "PyTorch eager", "PyTorch compiled"):
         against = result.get("against PyTorch", {})
         decode[f"1.1B, RoPE, in turns: {name}"] = {

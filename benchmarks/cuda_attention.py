@@ -1,9 +1,9 @@
 """GroupQueryAttention alone on a CUDA device: a decode step with and without a bias, and with wider heads.
 
 ALiBi needs no bias where a head has a few channels more: a query's hold the slope, a key's its position, in pieces that
-half precision holds exactly, and their product is the penalty. Attention stays on the flash path then, and the cache
-grows by those channels. Heads of 80 channels in place of 64 stand for that here. Layers are chained and recorded as one
-CUDA graph; given is the time of one.
+half precision holds exactly, and their product is the penalty (``passes/alibi_channels.py``: 8 more). Attention stays
+on the flash path then, and the cache grows by those channels. Wider heads stand for that here. Layers are chained and
+recorded as one CUDA graph; given is the time of one.
 
     python benchmarks/cuda_attention.py [--contexts 1024,8192,32768] [-o benchmarks/cuda_attention.json]
 """
@@ -26,7 +26,12 @@ from pe_onnx.providers import Device, onnxruntime, provider_list
 LAYERS, WARM_UP, REPEATS = 8, 8, 17
 HEADS = ((32, 8), (12, 12))
 """Of queries, and of keys and values."""
-CASES = {"64 channels": (64, False), "64 channels, bias": (64, True), "80 channels": (80, False)}
+CASES = {
+    "64 channels": (64, False),
+    "64 channels, bias": (64, True),
+    "72 channels": (72, False),
+    "80 channels": (80, False),
+}
 CUDA = Device("cuda")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pe_onnx import contract, prepared
 from pe_onnx.errors import BundleError, system_reason
 from pe_onnx.placing import check_place, placed
-from pe_onnx.position_channels import CHANNELS, PAIRS
+from pe_onnx.position_channels import CHANNELS, USED
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -268,7 +268,7 @@ def _check_manifest(folder: Path, m: dict[str, Any]) -> None:
     heads = m["model"].get("score_heads", 0)
     require(heads == 0 or count(heads), "model.score_heads")
     require(count(m["model"].get("layers", 1)), "model.layers")
-    require(m["model"].get("cuda_position_bits") in (None, *PAIRS), "model.cuda_position_bits")
+    require(m["model"].get("cuda_position_bits") in (None, *USED), "model.cuda_position_bits")
     windows = m["model"].get("windows", [0] * len(m["model"]["caches"]))
     require(isinstance(windows, list) and len(windows) == len(m["model"]["caches"]), "model.windows")
     require(all(window == 0 or count(window) for window in windows), "model.windows")

@@ -141,6 +141,12 @@ def test_a_manifest_with_a_wrong_value_is_refused(real: Path, key: str, value: o
     refused(real, key, verify=verify)
 
 
+@pytest.mark.parametrize("bits", [5, "11", [8], True])
+def test_bits_of_positions_that_are_none_are_refused(real: Path, bits: object) -> None:
+    edited(real, lambda values: values["model"].update(cuda_position_bits=bits))
+    refused(real, "model.cuda_position_bits")
+
+
 @pytest.mark.parametrize("windows", [[1], 5, ["a", 0], [-1, 0], [True, 0], None])
 def test_windows_that_are_none_are_refused(real: Path, windows: object) -> None:
     edited(real, lambda values: values["model"].update(windows=windows))

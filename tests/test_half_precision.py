@@ -143,7 +143,6 @@ def test_bfloat16_is_proven_in_float32(bundles: Bundles, encoding: str) -> None:
             have = make_cache(Session(other, graph=graph, threads=1), 1, 60).prefill([ids.tolist()])[0]
             assert np.abs(have - want).max() < 2e-4 * want.std()
     assert not place.exists()
-    assert not list(folder.parent.glob(".wide-*"))
 
 
 def test_a_wrong_graph_in_bfloat16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

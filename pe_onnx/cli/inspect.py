@@ -23,7 +23,7 @@ def command(bundle: str, as_json: bool) -> None:
     """Show what a bundle holds: its encoding and where each parameter came from, inputs and outputs, operators,
     custom functions, sizes and cache bytes per token."""
     from pe_onnx import contract
-    from pe_onnx.bundle import read_bundle
+    from pe_onnx.bundle import CUDA, read_bundle
 
     read = read_bundle(bundle)
     m, shape = read.manifest, read.shape
@@ -53,6 +53,7 @@ def command(bundle: str, as_json: bool) -> None:
         "size": f"{human_bytes(total)}, weights {human_bytes(m['graph']['weight_bytes'])}",
         **({"prepared": left} if (left := _left(read)) else {}),
         "cache": f"{cache_bytes} bytes per token: " + _layers(read.caches),
+        **({"cache on CUDA": _wide_cache(read, CUDA)} if read.positions_of(CUDA) else {}),
         **({"cross cache": _cross_cache(read)} if read.crossing else {}),
         "trained length": f"{shape['trained_length']} tokens" if shape["trained_length"] else "not known",
         "hard limit": f"{shape['max_length']} tokens" if shape["max_length"] else "none",
@@ -92,6 +93,11 @@ def command(bundle: str, as_json: bool) -> None:
 
 def _layers(caches: Iterable[CacheShape]) -> str:
     return ", ".join(f"{n} layers x 2 x {K} heads x {D} channels" for (K, D), n in Counter(caches).items())
+
+
+def _wide_cache(bundle: Bundle, graph: str) -> str:
+    caches = bundle.caches_of(graph)
+    return f"{bundle.bytes_per_token(caches)} bytes per token, positions in it: {_layers(caches)}"
 
 
 def _cross_cache(bundle: Bundle) -> str:

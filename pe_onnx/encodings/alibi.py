@@ -16,7 +16,8 @@ Cost: no parameters. The term is H T S multiplications a step, made once and rea
 makes H S numbers.
 
 Cache: cached keys hold no position and stay as they are. The bias of a new query is made anew at each step for every
-key; it depends on the distance alone, not on the length.
+key; it depends on the distance alone, not on the length. On CUDA in half precision there is no bias: cached keys hold
+their position in 8 channels more, and a query its head's slope (``pe_onnx/position_channels.py``).
 
 Limits: no length limit; made to be run past the trained length. Distances are counted in float32, exactly to 2^24
 tokens. In half precision the finished term is rounded once. Any head count.

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from pe_onnx.passes.grouped_attention import PE_ONNX, cached_attentions, finish, inputs_of, joined, regroup
 from pe_onnx.passes.nodes import Size, attribute, constant, drop, initializer, insert, made_by, numbers
-from pe_onnx.position_channels import BITS, CHANNELS, PAIRS, Array, factors, of_queries
+from pe_onnx.position_channels import BITS, CHANNELS, SHIFT, USED, Array, of_queries
 
 GREATEST_HEAD = 256
 """Channels of a head that onnxruntime's fused attention takes on CUDA."""
@@ -99,11 +99,11 @@ def _from_zero(keys: ir.Value | None) -> bool:
 
 def _channels(graph: ir.Graph, layer: _Layer, number: int) -> ir.Value:
     """Before the layer's attention: those of all heads of queries, keys and values, ``[B, T, H + 2 K, CHANNELS]``."""
-    (H, K), bits = layer.heads, BITS[DTYPES[layer.dtype]]
-    unused = CHANNELS - len(PAIRS[bits])
-    lowest = [1 << digit * bits for digit, _ in PAIRS[bits]] + [1] * unused
+    (H, K), used = layer.heads, USED[BITS[DTYPES[layer.dtype]]]
+    one = [1] * (CHANNELS - len(used))
+    lowest, moduli = [c.lowest for c in used] + one, [c.modulus for c in used] + one  # modulo 1 leaves nothing
     of_digits, fixed = np.zeros((2, H + 2 * K, CHANNELS))
-    of_digits[H : H + K], fixed[:H] = factors(bits), np.frombuffer(layer.queries).reshape(H, CHANNELS)
+    of_digits[H : H + K], fixed[:H] = np.array(lowest) / (1 << SHIFT), np.frombuffer(layer.queries).reshape(H, CHANNELS)
 
     def held(name: str, values: Array) -> ir.Value:
         return initializer(graph, f"pe_onnx/alibi_channels.{number}/{name}", values.astype(layer.dtype.numpy()))
@@ -111,7 +111,7 @@ def _channels(graph: ir.Graph, layer: _Layer, number: int) -> ir.Value:
     shape: list[Size] = [UNKNOWN, UNKNOWN, 1, CHANNELS]
     each = insert(layer.node, "Unsqueeze", [layer.positions, constant(graph, [2, 3])], [UNKNOWN, UNKNOWN, 1, 1])
     above = insert(layer.node, "Div", [each, constant(graph, lowest)], shape)
-    digits = insert(layer.node, "Mod", [above, constant(graph, [1 << bits])], shape)
+    digits = insert(layer.node, "Mod", [above, constant(graph, moduli)], shape)
     rounded = insert(layer.node, "Cast", [digits], shape, {"to": int(layer.dtype)})
     rounded.type = ir.TensorType(layer.dtype)
     wide: list[Size] = [UNKNOWN, UNKNOWN, H + 2 * K, CHANNELS]
