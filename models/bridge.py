@@ -26,6 +26,7 @@ from pe_onnx.models.across import EncoderStep
 from pe_onnx.models.attention import LayerCache, cached_step
 from pe_onnx.models.config_origin import text_config
 from pe_onnx.models.exportable import Exportable
+from pe_onnx.models.half_precision import round_weights
 from pe_onnx.models.interface import IMPLEMENTATION, BridgeCache, register, serving
 from pe_onnx.models.masks import Mask
 from pe_onnx.models.norms import prove_norms
@@ -114,17 +115,24 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 
 def from_checkpoint(
-    path: Path, target: Target, last_only: bool, scaling: Mapping[str, Any] | None = None, follow: bool = False
+    path: Path,
+    target: Target,
+    last_only: bool,
+    scaling: Mapping[str, Any] | None = None,
+    follow: bool = False,
+    dtype: str = "fp32",
 ) -> Exportable:
     """Bridge the checkpoint at ``path``, a Hugging Face folder or a GGUF file.
 
-    scaling: a longer context, see rope_scaling.py. follow: let keys through that transformers ignores.
+    scaling: a longer context, see rope_scaling.py. follow: let keys through that transformers ignores. dtype: that
+    weights will have.
 
     Raises CheckpointError for weights that are missing or truncated, for a model or configuration that is not
     understood, and where the bridged module does not compute what transformers computes.
     """
     loaded = checkpoint.load(path, scaling, follow)
     model = loaded.model
+    round_weights(model, dtype)
     module, observed, proof = bridge(model, target, last_only)
     return Exportable(
         module=module,

@@ -15,6 +15,7 @@ from pe_onnx.config import DecoderConfig
 from pe_onnx.contract import CacheShape, Crossing, Target
 from pe_onnx.models.attention import LayerCache, PlainStep, cached_step
 from pe_onnx.models.decoder import Decoder
+from pe_onnx.models.half_precision import round_weights
 from pe_onnx.models.proof import Proof, of_module
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 
@@ -97,6 +98,7 @@ def from_config(
 ) -> Exportable:
     """Our own decoder with the encoding that the config names."""
     decoder = Decoder(config)
+    round_weights(decoder, dtype)
     max_length = decoder.encoding.max_length_in(dtype)
     given = config.encoding_parameters
     digest = {} if config.weights is None else {"weights_sha256": trained_weights.digest(config.weights)}

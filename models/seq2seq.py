@@ -21,6 +21,7 @@ from pe_onnx.models.across import CrossStep, EncoderStep
 from pe_onnx.models.attention import LayerCache, cached_step
 from pe_onnx.models.bridge import described, family, named_failures, replaced
 from pe_onnx.models.exportable import Exportable
+from pe_onnx.models.half_precision import round_weights
 from pe_onnx.models.interface import BridgeCache, register
 from pe_onnx.models.norms import prove_norms
 from pe_onnx.models.seq2seq_proof import CrossedCache, Seq2SeqProof
@@ -106,7 +107,9 @@ def _without_encoder(model: PreTrainedModel) -> PreTrainedModel:
     return shell
 
 
-def from_checkpoint(path: Path, target: Target, last_only: bool, follow: bool = False) -> Exportable:
+def from_checkpoint(
+    path: Path, target: Target, last_only: bool, follow: bool = False, dtype: str = "fp32"
+) -> Exportable:
     """Bridge the checkpoint at ``path``, a Hugging Face folder of an encoder-decoder.
 
     Raises CheckpointError for what is missing or not understood, and where the bridged module does not compute what
@@ -114,6 +117,7 @@ def from_checkpoint(path: Path, target: Target, last_only: bool, follow: bool = 
     """
     loaded = checkpoint.load(path, None, follow)
     model = loaded.model
+    round_weights(model, dtype)
     module, crossing, proof = bridge(model, target, last_only)
     names = ("decoder_start_token_id", "bos_token_id")  # in transformers' order
     start = next((x for name in names if (x := getattr(model.generation_config, name, None)) is not None), None)

@@ -25,6 +25,7 @@ with needs("export", "'pe-onnx[export]'"):
 
 from pe_onnx.encoding import all_parameters, encoding_class
 from pe_onnx.models.exportable import Exportable, from_config
+from pe_onnx.models.half_precision import halve, round_weights
 from pe_onnx.models.parts import parts
 from pe_onnx.models.proof import Proof, of_module
 from pe_onnx.tracing import Progress, to_onnx
@@ -121,20 +122,21 @@ def export(
             if is_seq2seq(path) and not scaling:
                 if window_cache:
                     raise ConfigError("window_cache = True is for decoders; this checkpoint is an encoder-decoder")
-                exportable = seq2seq.from_checkpoint(path, kind, last_only, bool(follow_transformers))
+                exportable = seq2seq.from_checkpoint(path, kind, last_only, bool(follow_transformers), dtype)
             else:
-                exportable = from_checkpoint(path, kind, last_only, scaling, bool(follow_transformers))
+                exportable = from_checkpoint(path, kind, last_only, scaling, bool(follow_transformers), dtype)
         else:
             assert source is not None
             if dtype != "fp32":
                 source = copy.deepcopy(source)  # the caller's own keeps its precision
+                round_weights(source, dtype)
             exportable, found = from_module(source, layers, kv_heads, head_size)
             if given_logits not in (None, found):
                 raise ConfigError(f"logits = {given_logits!r}, and the module gives the logits of {found}")
             logits = found
         torch_dtype, limit = getattr(torch, contract.DTYPES[dtype]), exportable.max_length
         if dtype != "fp32":
-            _halve(exportable.module, dtype)
+            halve(exportable.module, dtype)
         models = {  # nothing else may hold the module, whose weights are let go before the proof
             part.file: to_onnx(part, limit, target, dtype, progress) for part in parts(exportable, torch_dtype, logits)
         }
@@ -194,25 +196,6 @@ class FloatLogits(nn.Module):
         """The graph contract's tensors in and out."""
         logits, presents = self.module(input_ids, attention_mask, position_ids, past_key_values)
         return logits.float(), presents
-
-
-def _halve(module: nn.Module, dtype: str) -> None:
-    """Weights to ``fp16`` or ``bf16``, one at a time; buffers keep their precision (inverse frequencies would be
-    ruined), and so do modules that transformers keeps in float32 (T5's ``wo``, whose output overflows), but for norms.
-
-    Raises ConfigError for a weight that float16 cannot hold.
-    """
-    half = getattr(torch, contract.DTYPES[dtype])
-    kept = {name for m in module.modules() for name in getattr(m, "_keep_in_fp32_modules", None) or ()}
-    kept = {f".{name}." for name in kept if "norm" not in name}
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not any(part in f".{name}." for part in kept):
-            greatest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
-            if greatest > torch.finfo(half).max:
-                raise ConfigError(
-                    f"dtype = {dtype!r} cannot hold {name}: its greatest weight is {greatest:.3g}; use fp32"
-                )
-            parameter.data = parameter.data.to(half)
 
 
 def from_module(

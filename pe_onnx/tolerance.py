@@ -54,6 +54,10 @@ KL_RULE = (
 
 PROOF = 2.0
 """The proof at export allows this many times ``error``: its few tokens have a spread of their own."""
+PROVEN_AS = {"bf16": "fp16"}
+"""The dtype to whose rule the proof at export holds a bundle. No CPU computes in bfloat16: the proof does in float32,
+weights rounded on both sides, and most bundles are float32's distance apart. What is left are the graph's constants
+(T5's and Gemma's factors, GELU's): 1.4e-2 at most of 130 families' tiny models."""
 
 
 class Tolerance(NamedTuple):

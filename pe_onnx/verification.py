@@ -21,7 +21,7 @@ from pe_onnx.models.proof import Feed, Proof
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 from pe_onnx.passes.widened import Widened
 from pe_onnx.session import Session
-from pe_onnx.tolerance import LEAN, PROOF, tolerance_for
+from pe_onnx.tolerance import LEAN, PROOF, PROVEN_AS, tolerance_for
 
 
 def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
@@ -29,13 +29,14 @@ def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
 
     Raises ExportError where the bundle exceeds it, BundleError where onnxruntime cannot load or run it.
     """
-    allowed = PROOF * tolerance_for(bundle.manifest["dtype"], bundle.depth).error
+    dtype = bundle.manifest["dtype"]
+    allowed = PROOF * tolerance_for(PROVEN_AS.get(dtype, dtype), bundle.depth).error
     with runnable(bundle) as other:
         error = _error(other, proof)
     if not error <= allowed:
         raise ExportError(
             f"the exported graph does not compute what PyTorch computes: on {proof.description} its logits are off by "
-            f"{error:.1e} of their spread, {bundle.manifest['dtype']} allows {allowed:.1e}; nothing was written"
+            f"{error:.1e} of their spread, {dtype} allows {allowed:.1e}; nothing was written"
         )
     return {"verified": True, "on": proof.description, "relative_error": float(f"{error:.2e}"), "allowed": allowed}
 

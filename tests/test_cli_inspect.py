@@ -42,5 +42,7 @@ def test_inspect_in_json(cli: Cli, bundles: Bundles) -> None:
 def test_a_cache_that_holds_positions_on_cuda(cli: Cli, bundles: Bundles) -> None:
     shown = cli("inspect", bundles("alibi", dtype="fp16"))
     assert "cache on CUDA" in shown.stdout
-    assert "768 bytes per token, positions in it: 2 layers x 2 x 4 heads x 24 channels" in " ".join(shown.stdout.split())
+    assert "768 bytes per token, positions in it: 2 layers x 2 x 4 heads x 24 channels" in " ".join(
+        shown.stdout.split()
+    )
     assert "cache on CUDA" not in cli("inspect", bundles("alibi")).stdout
