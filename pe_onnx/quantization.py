@@ -86,7 +86,8 @@ def quantize(
     weights that keep their precision. accuracy_level: onnxruntime's, 1 for activations in float32, 4 for int8; default
     4. cache: ``int8`` for keys and values of target ``ort``, with a scale for each channel, calibrated on a text.
     verify: run the new bundle against the old one with the rounded weights. Raises ConfigError for options that are
-    none, and a bundle that is quantized already; ExportError where the proof fails; then nothing is written.
+    none, and a bundle that is quantized already, or in bfloat16; ExportError where the proof fails; then nothing is
+    written.
     """
     if bits not in (None, *blocks.BITS):
         raise ConfigError(f"bits = {bits} must be one of {', '.join(map(str, blocks.BITS))}")
@@ -103,6 +104,11 @@ def quantize(
     source = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     if source.quantization is not None:
         raise ConfigError(f"bundle {source.folder} is quantized already; quantize the one it was made from")
+    if source.manifest["dtype"] == "bf16":
+        raise ConfigError(
+            f"bundle {source.folder} is in bf16, which no CPU runs: its rounding could not be proven; quantize one in fp16 "
+            f"or fp32"
+        )
     if cache is not None and (source.target != "ort" or source.crossing is not None):
         raise ConfigError(f"cache = {cache!r} is for decoders of target 'ort', whose attention can read it")
     check_output(Path(output), force)

@@ -217,6 +217,13 @@ def test_twice_and_over_another_are_refused(bundles: Bundles, warm_cli: Cli, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_bfloat16_is_refused(bundles: Bundles, warm_cli: Cli, tmp_path: Path) -> None:
+    for options in ("--bits 4", "--bits 0 --cache int8"):
+        result = warm_cli("quantize", bundles("rope", dtype="bf16"), "-o", "q", *options.split(), cwd=tmp_path)
+        refused(result, 2, "is in bf16, which no CPU runs", "quantize one in fp16 or fp32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_proof_does_not_take_our_word(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where we read another zero point than onnxruntime computes with, nothing is written."""
 
