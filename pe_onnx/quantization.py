@@ -106,8 +106,8 @@ def quantize(
         raise ConfigError(f"bundle {source.folder} is quantized already; quantize the one it was made from")
     if source.manifest["dtype"] == "bf16":
         raise ConfigError(
-            f"bundle {source.folder} is in bf16, which no CPU runs: its rounding could not be proven; quantize one in fp16 "
-            f"or fp32"
+            f"bundle {source.folder} is in bf16, which no CPU runs: its rounding could not be proven; quantize one in "
+            f"fp16 or fp32"
         )
     if cache is not None and (source.target != "ort" or source.crossing is not None):
         raise ConfigError(f"cache = {cache!r} is for decoders of target 'ort', whose attention can read it")
