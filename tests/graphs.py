@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import onnx
+import onnx.inliner
 import onnx_ir as ir
 import onnxruntime
 
@@ -120,3 +122,47 @@ def apply(a_pass: ir.passes.PassBase, model: ir.Model, tolerance: float = 1e-6, 
     else:
         assert not a_pass(model).modified  # once is enough
     return modified
+
+
+SIZES = {"Shape", "Size"}
+KEPT_ON_THE_HOST = {
+    "Squeeze",
+    "Unsqueeze",
+    "Cast",
+    "CastLike",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Expand",
+    "Concat",
+    "Gather",
+}
+READ_ON_THE_HOST: dict[str, tuple[int, ...]] = {
+    **{"Range": (0, 1, 2), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceSum": (1,), "Reshape": (1,)},
+    **{"ConstantOfShape": (0,), "Slice": (1, 2, 3, 4), "Split": (1,), "GroupQueryAttention": (6,)},
+}
+"""Inputs of an operator that onnxruntime's CUDA kernels read on the host."""
+
+
+def host_numbers_on_a_device(model: onnx.ModelProto) -> list[str]:
+    """Where a graph, functions inlined, hands the size of a run to a device, which no CUDA graph can record.
+
+    onnxruntime knows sizes on the host, and computes on it what is computed of sizes alone. Where one meets numbers of
+    the device it is copied there, unless the kernel reads it on the host.
+    """
+    graph = ir.from_proto(onnx.inliner.inline_local_functions(model)).graph
+    host: set[ir.Value] = set()
+    constants: set[ir.Value | None] = {None, *graph.initializers.values()}
+    found = []
+    for node in graph:
+        if node.op_type not in SIZES and constants.issuperset(node.inputs):
+            constants.update(node.outputs)
+        elif node.op_type in SIZES or (node.op_type in KEPT_ON_THE_HOST and (constants | host).issuperset(node.inputs)):
+            host.update(node.outputs)
+        else:
+            read = READ_ON_THE_HOST.get(node.op_type, ())
+            found += [
+                f"{node.op_type} reads {x.name}" for i, x in enumerate(node.inputs) if x in host and i not in read
+            ]
+    return found
