@@ -21,7 +21,7 @@ from pe_onnx.models.proof import Feed, Proof
 from pe_onnx.models.seq2seq_proof import Seq2SeqProof
 from pe_onnx.passes.widened import Widened
 from pe_onnx.session import Session
-from pe_onnx.tolerance import LEAN, PROOF, PROVEN_AS, tolerance_for
+from pe_onnx.tolerance import LEAN, PROOF, PROOF_OF_BF16, tolerance_for
 
 
 def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def verify(bundle: Bundle, proof: Proof | Seq2SeqProof) -> dict[str, Any]:
     Raises ExportError where the bundle exceeds it, BundleError where onnxruntime cannot load or run it.
     """
     dtype = bundle.manifest["dtype"]
-    allowed = PROOF * tolerance_for(PROVEN_AS.get(dtype, dtype), bundle.depth).error
+    allowed = (PROOF_OF_BF16 if dtype == "bf16" else 1) * PROOF * tolerance_for(dtype, bundle.depth).error
     with runnable(bundle) as other:
         error = _error(other, proof)
     if not error <= allowed:

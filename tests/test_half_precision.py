@@ -26,7 +26,7 @@ from pe_onnx.models.decoder import Decoder
 from pe_onnx.models.half_precision import round_weights
 from pe_onnx.passes.whole_bias import WholeBias
 from pe_onnx.session import Session
-from pe_onnx.tolerance import PROOF, tolerance_for
+from pe_onnx.tolerance import PROOF, PROOF_OF_BF16, tolerance_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GROUPED = {"num_key_value_heads": 2}
@@ -124,12 +124,12 @@ def test_where_it_is_that_is_found(bundles: Bundles) -> None:
 @pytest.mark.parametrize("encoding", ["rope", "t5_bias", "alibi"])
 def test_bfloat16_is_proven_in_float32(bundles: Bundles, encoding: str) -> None:
     """The proof's graphs, which are gone when it is over, are those of the bundle with weights widened: from PyTorch
-    with the weights rounded they are float32's distance apart, and held to float16's."""
+    with the weights rounded they are float32's distance apart."""
     folder = half(bundles, encoding, "bf16")
     bundle = read_bundle(folder)
     assert bundle.manifest["proof"]["verified"]
     assert bundle.manifest["proof"]["relative_error"] < 2e-5
-    assert bundle.manifest["proof"]["allowed"] == PROOF * tolerance_for("fp16", bundle.depth).error
+    assert bundle.manifest["proof"]["allowed"] == PROOF_OF_BF16 * PROOF * tolerance_for("bf16", bundle.depth).error
     decoder = Decoder(DecoderConfig.from_dict(bundle.manifest["source"]["config"])).eval()
     for parameter in decoder.parameters():
         parameter.data = parameter.data.bfloat16().float()
