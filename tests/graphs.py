@@ -125,24 +125,18 @@ def apply(a_pass: ir.passes.PassBase, model: ir.Model, tolerance: float = 1e-6, 
 
 
 SIZES = {"Shape", "Size"}
-KEPT_ON_THE_HOST = {
-    "Squeeze",
-    "Unsqueeze",
-    "Cast",
-    "CastLike",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Expand",
-    "Concat",
-    "Gather",
-}
+KEPT_ON_THE_HOST = set(["Squeeze", "Unsqueeze", "Cast", "CastLike", "Add", "Sub", "Mul", "Div", "Expand", "Concat", "Gather", "Reshape"])
 READ_ON_THE_HOST: dict[str, tuple[int, ...]] = {
     **{"Range": (0, 1, 2), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceSum": (1,), "Reshape": (1,)},
     **{"ConstantOfShape": (0,), "Slice": (1, 2, 3, 4), "Split": (1,), "GroupQueryAttention": (6,)},
 }
 """Inputs of an operator that onnxruntime's CUDA kernels read on the host."""
+
+
+def is_integer(constant: ir.Value | None) -> bool:
+    """What is made of sizes and of floats, a mask of zeros say, is made on the device."""
+    tensor = ir.convenience.get_const_tensor(constant) if constant is not None else None
+    return tensor is not None and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32)
 
 
 def host_numbers_on_a_device(model: onnx.ModelProto) -> list[str]:
@@ -158,7 +152,11 @@ def host_numbers_on_a_device(model: onnx.ModelProto) -> list[str]:
     for node in graph:
         if node.op_type not in SIZES and constants.issuperset(node.inputs):
             constants.update(node.outputs)
-        elif node.op_type in SIZES or (node.op_type in KEPT_ON_THE_HOST and (constants | host).issuperset(node.inputs)):
+        elif node.op_type in SIZES or (
+            node.op_type in KEPT_ON_THE_HOST
+            and (constants | host).issuperset(node.inputs)
+            and (node.inputs[0] in host or is_integer(node.inputs[0]))
+        ):
             host.update(node.outputs)
         else:
             read = READ_ON_THE_HOST.get(node.op_type, ())
