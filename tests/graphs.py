@@ -125,7 +125,9 @@ def apply(a_pass: ir.passes.PassBase, model: ir.Model, tolerance: float = 1e-6, 
 
 
 SIZES = {"Shape", "Size"}
-KEPT_ON_THE_HOST = set(["Squeeze", "Unsqueeze", "Cast", "CastLike", "Add", "Sub", "Mul", "Div", "Expand", "Concat", "Gather", "Reshape"])
+KEPT_ON_THE_HOST = {
+    *("Squeeze", "Unsqueeze", "Cast", "CastLike", "Add", "Sub", "Mul", "Div", "Expand", "Concat", "Gather", "Reshape"),
+}
 READ_ON_THE_HOST: dict[str, tuple[int, ...]] = {
     **{"Range": (0, 1, 2), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceSum": (1,), "Reshape": (1,)},
     **{"ConstantOfShape": (0,), "Slice": (1, 2, 3, 4), "Split": (1,), "GroupQueryAttention": (6,)},
