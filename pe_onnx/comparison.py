@@ -181,18 +181,22 @@ def _note_bits(
     figures: Contestant, contestant: BundleContestant, text: Text, report: Comparison, progress: Progress
 ) -> None:
     able = [row.length_tokens for row in figures.lengths if row.cannot is None]
-    ids = text.ids[: report.tokens]
+    ids, sizes = text.ids[: report.tokens], text.sizes[: report.tokens]
     compared = counted(len(ids), report.lengths)
     for length in able:
         progress(f"bits per byte of {figures.name} at {length:,} tokens")
         bits = window_bits(contestant.session, ids, length)
         flat = bits.reshape(-1)
-        figures.at(length).bits_per_byte = float(flat[compared[: flat.size]].mean()) / text.bytes_per_token
+        kept = compared[: flat.size]
+        figures.at(length).bits_per_byte = float(flat[kept].sum() / sizes[: flat.size][kept].sum())
         if length == able[-1]:
-            means = bits.mean(0) / text.bytes_per_token
-            width = report.lengths[0]
-            edges = [(at, min(at + width, length)) for at in range(0, length, width)]
-            figures.by_position = [Bucket(a, b, float(means[max(a, 1) : b].mean())) for a, b in edges if b > max(a, 1)]
+            width, held = report.lengths[0], sizes[: bits.size].reshape(bits.shape)
+            edges = [(max(at, 1), min(at + width, length)) for at in range(0, length, width)]
+            figures.by_position = [
+                Bucket(at if at > 1 else 0, end, float(bits[:, at:end].sum() / held[:, at:end].sum()))
+                for at, end in edges
+                if end > at
+            ]
 
 
 def _note_prefill(ready: list[Contestant], timed: dict[str, BundleContestant], length: int, until: float) -> None:

@@ -7,6 +7,7 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,8 @@ class Text(NamedTuple):
     """A text in a bundle's tokens."""
 
     ids: list[int]
-    bytes_per_token: float
-    """Of UTF-8, on average."""
+    sizes: Array
+    """Bytes of UTF-8 of each, int64 ``[tokens]``: what it adds to the text of the one before it."""
 
 
 def read_text(path: Path) -> str:
@@ -52,8 +53,14 @@ def tokenized(bundle: Bundle, text: str, tokens: int) -> Text:
     tokenizer = load_tokenizer(bundle.folder, held)
     ids = tokenizer.encode(text)[:tokens]
     if held["kind"] == "bytes":
-        return Text(ids, 1.0)
-    return Text(ids, len(tokenizer.decode(ids).encode()) / max(len(ids), 1))
+        return Text(ids, np.ones(len(ids), np.int64))
+
+    def size(*tokens: int) -> int:
+        return len(tokenizer.decode(tokens).encode())
+
+    # alone a token may lose the space before it, and with all those before it decoding takes the square of the text
+    grown = [size(a, b) - size(a) for a, b in itertools.pairwise(ids)]
+    return Text(ids, np.array([size(*ids[:1]), *grown][: len(ids)], np.int64))
 
 
 def why_not(bundle: Bundle, length: int) -> str | None:

@@ -14,11 +14,13 @@ from conftest import Bundles
 from test_text_bits import NEAR, WORDS, config_of, pytorch_bits
 
 import pe_onnx
+from pe_onnx import comparison
 from pe_onnx.comparison import compare, encoding_of
 from pe_onnx.comparison_figures import Comparison
 from pe_onnx.comparison_tables import markdown, notes, tables
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.quality import TEXT
+from pe_onnx.text_bits import Text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT: dict[str, Any] = {"config": {"max_position_embeddings": 64}}
@@ -47,6 +49,26 @@ def test_bits_are_pytorchs_over_the_bytes_of_every_length(report: Comparison, fo
             of_token = {w * n + 1 + i: found[w, i] for w in range(len(found)) for i in range(n - 1)}
             shared = [b for at, b in of_token.items() if at < min(ends) and all(at % each for each in LENGTHS)]
             assert row.bits_per_byte == pytest.approx(np.mean(shared), abs=NEAR)
+
+
+def test_bits_are_for_the_bytes_of_the_tokens_that_are_counted(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = np.random.default_rng(0).integers(1, 7, 700)
+    monkeypatch.setattr(comparison, "tokenized", lambda bundle, text, tokens: Text(WORDS[:tokens], sizes[:tokens]))
+    report = compare(folders[1:2], text=TEXT, lengths=[20, 50], tokens=300, budget_s=0.1, threads=1)
+    (c,) = report.contestants
+    for row in c.lengths:
+        n = row.length_tokens
+        found = pytorch_bits(config_of(folders[1]), WORDS[:300], n)
+        at = [i for i in range(300) if i % 20 and i % 50]
+        want = sum(found[i // n, i % n - 1] for i in at) / sizes[at].sum()
+        assert row.bits_per_byte == pytest.approx(want, abs=NEAR)
+    held = sizes[:300].reshape(-1, 50)
+    first, second, third = c.by_position
+    assert (first.begin, first.end, second.begin, third.end) == (0, 20, 20, 50)
+    assert first.bits_per_byte == pytest.approx(found[:, :19].sum() / held[:, 1:20].sum(), abs=NEAR)
+    assert second.bits_per_byte == pytest.approx(found[:, 19:39].sum() / held[:, 20:40].sum(), abs=NEAR)
 
 
 def test_bits_by_position(report: Comparison, folders: list[Path]) -> None:

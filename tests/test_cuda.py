@@ -86,14 +86,36 @@ def test_float32_attention_is_refused(bundles: Bundles) -> None:
         pe_onnx.load(bundles("rope", "ort"), provider="cuda")
 
 
-def test_a_cache_is_saved_and_loaded(bundles: Bundles, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+def test_a_cache_is_saved_and_loaded(bundles: Bundles, encoding: str, tmp_path: Path) -> None:
     for dtype in ("fp16", "bf16"):
-        model = pe_onnx.load(half(bundles, "rope", dtype), provider="cuda")
+        model = pe_onnx.load(half(bundles, encoding, dtype), provider="cuda")
         cache = model.cache(1, 200)
         cache.prefill([list(range(50))])
         cache.save(tmp_path / dtype)
         other = model.load_cache(tmp_path / dtype)
         np.testing.assert_array_equal(other.decode([3]), cache.decode([3]))
+
+
+def test_a_cache_goes_on_on_the_cpu(bundles: Bundles, tmp_path: Path) -> None:
+    """On the device ALiBi's keys hold positions, here they do not."""
+    folder = half(bundles, "alibi")
+    there, here = (pe_onnx.load(folder, provider=p) for p in ("cuda", "cpu"))
+    cache = there.cache(1, 200)
+    cache.prefill([list(range(50))])
+    cache.save(tmp_path / "cache")
+    want, have = cache.decode([3]).copy(), here.load_cache(tmp_path / "cache").decode([3])
+    np.testing.assert_allclose(have, want, atol=2 * tolerance_for("fp16", there.bundle.depth).error * want.std())
+
+
+def test_a_quantized_bundle(bundles: Bundles, tmp_path: Path) -> None:
+    """A long prompt and steps behind it run in one graph: that for prompts is the CPU's."""
+    bundle = pe_onnx.quantize(half(bundles, "alibi"), tmp_path / "q")
+    ids, made = np.random.default_rng(0).integers(0, 256, 300).tolist(), []
+    for provider in ("cuda", "cpu"):
+        cache = make_cache(Session(bundle, provider), 1, 310)
+        made.append(np.concatenate([*cache.prefill([ids]), *cache.decode([3])]))
+    assert np.abs(made[0] - made[1]).max() < 0.1 * made[1].std()
 
 
 def test_generate_says_nothing_else_than_on_the_cpu(bundles: Bundles) -> None:

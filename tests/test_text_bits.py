@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,52 @@ def test_counted_tokens_are_predicted_at_every_length(tokens: int, lengths: list
 
 def test_a_text_in_tokens(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = read_bundle(bundles("rope", "portable"))
-    assert tokenized(bundle, "Größe", 6) == (list("Größ".encode())[:6], 1.0)
+    ids, sizes = tokenized(bundle, "Größe", 6)
+    assert (ids, sizes.tolist()) == (list("Größ".encode())[:6], [1] * 6)
 
     class Words:
         def encode(self, text: str) -> list[int]:
             return [len(word) for word in text.split()]
 
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: Sequence[int]) -> str:
             return "".join("é" * n for n in ids)
 
     monkeypatch.setattr(text_bits, "load_tokenizer", lambda folder, held: Words())
     words = type(bundle)(bundle.folder, {**bundle.manifest, "tokenizer": {"kind": "tokenizer.json"}})
-    assert tokenized(words, "ab c def", 2) == ([2, 1], 3.0)
+    ids, sizes = tokenized(words, "ab c def", 2)
+    assert (ids, sizes.tolist()) == ([2, 1], [4, 2])
+    assert tokenized(words, "", 2).sizes.shape == (0,)
     none = type(bundle)(bundle.folder, {**bundle.manifest, "tokenizer": None})
     assert why_no_bits(none) == "has no tokenizer"
     with pytest.raises(InputError, match="no tokenizer"):
         tokenized(none, "ab", 2)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_tokens_have_the_bytes_that_they_stand_for(kind: str, bundles: Bundles, tmp_path: Path) -> None:
+    """Of GPT-2's kind, where a token may be a part of a character, and of Llama's, which loses the first space."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    text = "a word and another word, größere Wörter und Größen " * 9 + "自然言語 words"
+    made = Tokenizer(models.BPE(unk_token="?"))
+    if kind == "bytes":
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+        alphabet = sorted(set(text))
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
+    made.train_from_iterator([text], trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    bundle = read_bundle(bundles("rope", "portable"))
+    held = type(bundle)(tmp_path, {**bundle.manifest, "tokenizer": {"kind": "tokenizer.json"}})
+    ids, sizes = tokenized(held, text, 400)
+    assert len(set(sizes.tolist())) > 3
+    assert (sizes >= 0).all()
+    assert sizes.sum() == len(made.decode(ids).encode())
+    whole = [len(made.decode(ids[: n + 1]).encode()) - len(made.decode(ids[:n]).encode()) for n in range(len(ids))]
+    assert sum(a != b for a, b in zip(sizes.tolist(), whole, strict=True)) <= (8 if kind == "bytes" else 0)
 
 
 def test_limits(bundles: Bundles) -> None:
