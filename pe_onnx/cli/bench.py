@@ -10,6 +10,7 @@ import click
 
 from pe_onnx.cli._options import bundle_argument, json_option, print_json, provider_option, threads_option
 from pe_onnx.cli._reports import STDOUT, require_writable, write_reports
+from pe_onnx.cli._tables import print_tables
 
 if TYPE_CHECKING:
     from pe_onnx.bench_report import BenchReport
@@ -113,20 +114,9 @@ def _figure(report: BenchReport, path: Path) -> bytes:
 def _print(report: BenchReport, to_stderr: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from pe_onnx.bench_tables import summary, tables
 
     console = Console(stderr=to_stderr)
-    for figures in tables(report):
-        title = escape(figures.title)
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
-        for name in figures.columns:
-            table.add_column(
-                name, justify="left" if name in figures.left else "right", no_wrap=name not in figures.left
-            )
-        for row in figures.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        console.print()
+    print_tables(console, tables(report))
     console.print(escape(summary(report)), style="dim", highlight=False)

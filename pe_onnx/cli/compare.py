@@ -9,6 +9,7 @@ import click
 
 from pe_onnx.cli._options import json_option, parse_counts, parse_encoding, print_json, provider_option, threads_option
 from pe_onnx.cli._reports import STDOUT, require_writable, write_reports
+from pe_onnx.cli._tables import print_tables
 
 if TYPE_CHECKING:
     from pe_onnx.comparison_figures import Comparison
@@ -98,21 +99,11 @@ def _page(report: Comparison) -> str:
 def _print(report: Comparison, to_stderr: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from pe_onnx.comparison_tables import notes, tables
 
     console = Console(stderr=to_stderr)
-    for figures in tables(report):
-        title = escape(figures.title)
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for name in figures.columns:
-            words = name in figures.left
-            table.add_column(name, justify="left" if words else "right", no_wrap=words, overflow="fold")
-        for row in figures.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        console.print()
+    print_tables(console, tables(report))
     for line in report.findings():
         console.print(escape(line), highlight=False)
     for note in notes(report):
