@@ -94,9 +94,9 @@ class Bundle:
         """K and D of each layer's cache."""
         return [(heads, size) for heads, size in self.manifest["model"]["caches"]]
 
-    def graph_on(self, kind: str) -> str:
-        """The ONNX file of the decoder that our sessions run on a device: ``cpu``, ``cuda`` or another kind."""
-        name = {"cpu": RUNTIME, "cuda": CUDA}.get(kind)
+    def graph_on(self, provider: str) -> str:
+        """The ONNX file of the decoder that our sessions run: on ``cpu``, ``cuda`` or another provider."""
+        name = {"cpu": RUNTIME, "cuda": CUDA}.get(provider)
         return name if name and (self.folder / name).exists() else self.model.name
 
     def caches_of(self, graph: str) -> list[contract.CacheShape]:
@@ -158,9 +158,9 @@ class Bundle:
     def cache_bytes_per_token(self) -> int:
         return self.bytes_per_token(self.caches)
 
-    def cache_bytes_on(self, kind: str) -> int:
-        """Per token, as our sessions have it on a device."""
-        return self.bytes_per_token(self.caches_of(self.graph_on(kind)))
+    def cache_bytes_on(self, provider: str) -> int:
+        """Per token, as our sessions have it: on ``cpu``, ``cuda`` or another provider."""
+        return self.bytes_per_token(self.caches_of(self.graph_on(provider)))
 
     def bytes_per_token(self, caches: Iterable[contract.CacheShape]) -> int:
         """Of keys and values of these layers."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from pe_onnx import contract, saved_cache
 from pe_onnx.errors import ConfigError, InputError
+from pe_onnx.position_channels import MOST_POSITIONS
 from pe_onnx.reordering import checked_parents, common_prefix
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
@@ -76,6 +77,8 @@ class KVCache(ABC):
             usual = CUDA_CHUNK_TOKENS if session.device.kind == "cuda" else CHUNK_TOKENS
             chunk_tokens = sys.maxsize if bundle.path_dependent else usual
         hard = bundle.max_length
+        if session.position_bits is not None:
+            hard = min(hard or MOST_POSITIONS, MOST_POSITIONS)
         if max_length is not None and hard is not None and max_length > hard:
             raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
         if batch_size < 1 or chunk_tokens < 1 or (max_length is not None and max_length < 1):

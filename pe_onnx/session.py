@@ -95,7 +95,8 @@ class Session:
         self.bundle = bundle
         self.device = device_of(provider)
         plain = graph is None and profile is None
-        self.model = bundle.folder / (graph or (bundle.graph_on(self.device.kind) if plain else bundle.model.name))
+        provided = {full: name for name, full in PROVIDERS.items()}.get(wanted, wanted)
+        self.model = bundle.folder / (graph or (bundle.graph_on(provided) if plain else bundle.model.name))
         self.inputs, self.outputs = bundle.tensors(self.model.name)
         self.caches = bundle.caches_of(self.model.name)
         """K and D of each layer's cache, as the graph has them."""

@@ -19,10 +19,11 @@ from pe_onnx import saved_cache
 from pe_onnx.bundle import CUDA, MODEL, Bundle, read_bundle
 from pe_onnx.contract import stored
 from pe_onnx.encodings import alibi, alibi_bloom, alibi_mpt
-from pe_onnx.errors import ExportError
+from pe_onnx.errors import ConfigError, ExportError
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.passes import alibi_channels
 from pe_onnx.passes.alibi_channels import AlibiChannels
+from pe_onnx.passes.nodes import take_place
 from pe_onnx.position_channels import BITS, CHANNELS, MOST_POSITIONS, USED, of_keys, of_queries
 from pe_onnx.quantization import quantize
 from pe_onnx.session import Session
@@ -156,6 +157,15 @@ def without_a_bias(graph: ir.Graph) -> None:
     attentions(graph)[1].replace_input_with(7, None)
 
 
+def with_a_layer_that_rotates(graph: ir.Graph) -> None:
+    node = attentions(graph)[1]
+    other = ir.node("GroupQueryAttention", node.inputs[:7], domain="com.microsoft", num_outputs=3)
+    graph.insert_before(node, other)
+    for made, old in zip(other.outputs, node.outputs, strict=True):
+        take_place(made, old)
+    graph.remove(node, safe=True)
+
+
 def with_other_keys(graph: ir.Graph) -> None:
     bias = next(node for node in graph if node.op_type == "AlibiBias")
     bias.replace_input_with(2, bias.inputs[1])
@@ -168,7 +178,9 @@ def with_great_slopes(graph: ir.Graph) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [with_softcap, with_sinks, without_a_bias, with_other_keys, with_great_slopes], ids=lambda f: f.__name__
+    "change",
+    [with_softcap, with_sinks, without_a_bias, with_a_layer_that_rotates, with_other_keys, with_great_slopes],
+    ids=lambda change: change.__name__,
 )
 def test_what_is_not_alibi_alone_keeps_its_bias(bundles: Bundles, change: Any) -> None:
     assert changed(bundles, change).bits is None
@@ -214,6 +226,13 @@ def test_the_cache_has_the_channels_and_no_score_is_held(bundles: Bundles) -> No
     assert bits == 11
     np.testing.assert_array_equal(cache.buffers[0].block(0, 0, 3)[1, :, 16:], of_keys(np.arange(3), bits))
     assert not cache.buffers[1].block(0, 0, 3)[:, :, 16:].any()
+
+
+def test_more_positions_than_channels_hold_are_refused(bundles: Bundles) -> None:
+    bundle = half(bundles)
+    with pytest.raises(ConfigError, match=f"more than the {MOST_POSITIONS} positions"):
+        make_cache(Session(bundle, graph=CUDA, threads=1), 1, MOST_POSITIONS + 1)
+    assert make_cache(Session(bundle, threads=1), 1, MOST_POSITIONS + 1).max_length == MOST_POSITIONS + 1
 
 
 def test_a_saved_cache_is_read_by_the_other_graph(bundles: Bundles, tmp_path: Path) -> None:

@@ -42,22 +42,22 @@ class _Layer(NamedTuple):
 
 
 class AlibiChannels(ir.passes.InPlacePass):
-    """In all layers of a graph in half precision, or in none where one has another bias than ALiBi, sinks or a soft-cap
-    (both see more than differences of scores), or slopes that half precision does not hold.
+    """In all layers of a graph in half precision, or in none where one has another bias than ALiBi or none, sinks or a
+    soft-cap (both see more than differences of scores), or slopes that half precision does not hold.
 
-    ``bits``: of a position's digit; None where nothing was replaced. ``caches``: K and D of each layer then.
+    ``bits``: of a position's digit; None where nothing was replaced.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bits: int | None = None
-        self.caches: list[tuple[int, int]] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         found = [_layer(node) for node in cached_attentions(graph)]
         layers = [layer for layer in found if layer is not None]
-        if not layers or len(layers) < len(found):
+        others = any(node.op_type == "GroupQueryAttention" for node in graph)  # of layers that rotate, say
+        if not layers or len(layers) < len(found) or others:
             return ir.passes.PassResult(model, False)
         made: dict[tuple[ir.Value, bytes, tuple[int, int]], ir.Value] = {}
         for layer in layers:
@@ -65,7 +65,6 @@ class AlibiChannels(ir.passes.InPlacePass):
             if key not in made:
                 made[key] = _channels(graph, layer, len(made))
             _widen(graph, layer, made[key])
-            self.caches.append((layer.heads[1], layer.size + CHANNELS))
         self.bits = BITS[DTYPES[layers[0].dtype]]
         finish(model)
         return ir.passes.PassResult(model, True)
