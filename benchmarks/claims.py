@@ -15,6 +15,7 @@ to ``sinusoidal`` of the same round, by time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -45,15 +46,11 @@ Series = dict[str, list[float]]
 
 def in_rounds(calls: Calls, rounds: int) -> Series:
     """Seconds of each call in each round, after one call that is not counted."""
-    names = list(calls)
-    times: Series = {name: [] for name in names}
-    for name in names:
-        calls[name]()
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(calls[name]())
-    return times
+    from pe_onnx.turns import in_turns
+
+    timed = {name: lambda call=call: (call(),) for name, call in calls.items()}  # type: ignore[misc]
+    turns = in_turns(timed, deadline=math.inf, precision=0.0, least=rounds, most=rounds)
+    return {name: [seconds for (seconds,) in series] for name, series in turns.times.items()}
 
 
 def torch_calls(decoders: Mapping[str, Any], tokens: int, training: bool) -> Calls:
