@@ -48,7 +48,7 @@ def in_rounds(calls: Calls, rounds: int) -> Series:
     """Seconds of each call in each round, after one call that is not counted."""
     from pe_onnx.turns import in_turns
 
-    timed = {name: lambda call=call: (call(),) for name, call in calls.items()}  # type: ignore[misc]
+    timed = {name: lambda call=call: (call(),) for name, call in calls.items()}
     turns = in_turns(timed, deadline=math.inf, precision=0.0, least=rounds, most=rounds)
     return {name: [seconds for (seconds,) in series] for name, series in turns.times.items()}
 
