@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import socket
 import threading
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import onnx
 import openai
 import pytest
 import servers
@@ -22,8 +19,6 @@ from command_line import refused
 from conftest import Cli
 
 import pe_onnx
-from pe_onnx import prepared
-from pe_onnx.bundle import sha256
 from pe_onnx.generate import Model
 from pe_onnx.sampling import SamplingOptions
 
@@ -411,28 +406,6 @@ def test_killed_and_started_again(bundle: Path) -> None:
     assert texts[0] == texts[1]
 
 
-MISTAKES = (
-    ("serve nowhere --port 0", ["nowhere is not a bundle"]),
-    ("serve {rope} --grace -1 --port 0", ["grace_s = -1"]),
-    ("serve {rope} --replicas 2", ["--replicas needs --ray"]),
-    ("serve {rope} --port 70000", ["70000"]),
-    ("serve {rope} --host 8.8.8.8 --port 0", ["8.8.8.8", "cannot be listened on"]),
-    ("serve {rope} --host no.such.host --port 0", ["no.such.host"]),
-    ("serve {rope} --slots 0 --port 0", ["slots = 0", "at least 1"]),
-    ("serve {rope} --timeout 0 --port 0", ["timeout_s = 0"]),
-    ("serve {rope} --max-body 0 --port 0", ["--max-body"]),
-    ("serve {rope} --max-length 999999999 --port 0", ["slots of 999999999 tokens", "--slots"]),
-    ("serve {portable} --port 0", ["target portable", "--target ort"]),
-)
-
-
-@pytest.mark.parametrize(("line", "parts"), MISTAKES)
-def test_mistakes(line: str, parts: list[str], bundles: Bundles, cli: Cli) -> None:
-    named = {"rope": bundles("rope"), "portable": bundles("rope", "portable")}
-    result = cli(*(part.format(**named) for part in line.split()))
-    refused(result, 1 if "nowhere" in line else 2, *parts)
-
-
 def test_a_port_that_is_taken(server: servers.Served, bundles: Bundles, cli: Cli) -> None:
     port = server.address.rpartition(":")[2]
     refused(cli("serve", bundles("rope"), "--port", port), 2, port, "cannot be listened on")
@@ -440,50 +413,3 @@ def test_a_port_that_is_taken(server: servers.Served, bundles: Bundles, cli: Cli
 
 def test_it_listens_on_this_machine_alone(server: servers.Served) -> None:
     assert server.address.startswith("http://127.0.0.1:")
-
-
-@pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json", "chat_template.jinja"])
-def test_a_link_out_of_the_bundle_is_refused(bundle: Path, cli: Cli, tmp_path: Path, name: str) -> None:
-    shutil.copytree(bundle, tmp_path / "b")
-    (tmp_path / "secret").write_text("{{ 'secret' }}")
-    (tmp_path / "b" / name).unlink(missing_ok=True)
-    (tmp_path / "b" / name).symlink_to(tmp_path / "secret")
-    refused(cli("serve", tmp_path / "b", "--port", 0), 1, name)
-
-
-def test_nothing_is_written_through_a_link(bundle: Path, cli: Cli, tmp_path: Path) -> None:
-    shutil.copytree(bundle, tmp_path / "b")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "checked.json").write_text("mine")
-    (tmp_path / "b" / ".prepared").symlink_to(outside)
-    with (tmp_path / "b" / "large").open("wb") as file:
-        file.truncate(prepared.LEAST_BYTES)
-    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
-    manifest["files"]["large"] = {"bytes": prepared.LEAST_BYTES, "sha256": sha256(tmp_path / "b" / "large")}
-    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
-    refused(cli("serve", tmp_path / "b", "--port", 0), 1, ".prepared is a link out of the folder")
-    assert pe_onnx.load(tmp_path / "b").generate("x", 2).tokens  # which nobody served
-    assert {path.name: path.read_text() for path in outside.iterdir()} == {"checked.json": "mine"}
-
-
-def test_what_is_no_file_is_refused(bundle: Path, cli: Cli, tmp_path: Path) -> None:
-    shutil.copytree(bundle, tmp_path / "b")
-    (tmp_path / "b" / "manifest.json").unlink()
-    os.mkfifo(tmp_path / "b" / "manifest.json")
-    refused(cli("serve", tmp_path / "b", "--port", 0), 1, "manifest.json is no file")
-
-
-def test_weights_outside_the_bundle_are_refused(bundles: Bundles, cli: Cli, tmp_path: Path) -> None:
-    shutil.copytree(bundles("rope"), tmp_path / "b")
-    path = tmp_path / "b" / "model.onnx"
-    model = onnx.load(path)
-    tensor = max(model.graph.initializer, key=lambda one: len(one.raw_data))
-    (tmp_path / "outside").write_bytes(tensor.raw_data)
-    onnx.external_data_helper.set_external_data(tensor, location="../outside", length=len(tensor.raw_data))
-    tensor.ClearField("raw_data")
-    path.write_bytes(model.SerializeToString())
-    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
-    manifest["files"]["model.onnx"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
-    refused(cli("serve", tmp_path / "b", "--port", 0), 1, "onnxruntime cannot load")
