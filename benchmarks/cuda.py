@@ -210,8 +210,8 @@ def tables(result: dict[str, Any]) -> str:
         measured = result.get(size, {})
         for name in (*SIZES[size][2], f"alibi{BIASED}") if measured else ():
             figures = measured.get(name, {"decode": {}, "prefill": {}})
-            encoding, form = name.removesuffix(BIASED), BIASED if name.endswith(BIASED) else ""
-            shown = f"{label}, `{encoding}`{form}"
+            encoding, comma, form = name.partition(",")
+            shown = f"{label}, `{encoding}`{comma}{form}"
             decode[shown] = {c: x["ms"] for c, x in figures["decode"].items()}
             prefill[shown] = figures["prefill"]
     for name in ("pe-onnx", "PyTorch eager", "PyTorch compiled"):

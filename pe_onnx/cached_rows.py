@@ -12,7 +12,6 @@ import numpy as np
 
 from pe_onnx import contract, saved_cache
 from pe_onnx.errors import ConfigError, InputError
-from pe_onnx.position_channels import MOST_POSITIONS
 from pe_onnx.reordering import checked_parents, common_prefix
 from pe_onnx.session import Session
 from pe_onnx.sources import Sources
@@ -76,9 +75,7 @@ class KVCache(ABC):
         if chunk_tokens is None:
             usual = CUDA_CHUNK_TOKENS if session.device.kind == "cuda" else CHUNK_TOKENS
             chunk_tokens = sys.maxsize if bundle.path_dependent else usual
-        hard = bundle.max_length
-        if session.position_bits is not None:
-            hard = min(hard or MOST_POSITIONS, MOST_POSITIONS)
+        hard = session.max_length
         if max_length is not None and hard is not None and max_length > hard:
             raise ConfigError(f"max_length = {max_length} is more than the {hard} positions of the encoding")
         if batch_size < 1 or chunk_tokens < 1 or (max_length is not None and max_length < 1):
@@ -316,7 +313,7 @@ class KVCache(ABC):
 
     def _check_length(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
-            hard = self.session.bundle.max_length
+            hard = self.session.max_length
             if hard is not None and self.max_length >= hard:
                 raise InputError(f"{length} tokens are more than the {hard} positions of the encoding")
             raise InputError(

@@ -234,13 +234,12 @@ def _require_provider(name: str) -> None:
 
 def _resolved(providers: Sequence[str]) -> list[str]:
     """Each once, ``auto`` by the name of what it stands for. Raises ConfigError for unknown names."""
-    from pe_onnx.providers import PROVIDERS, resolve_provider
+    from pe_onnx.providers import SHORT, resolve_provider
 
-    short = {full: name for name, full in PROVIDERS.items()}
     found = []
     for name in providers:
         try:
-            found.append(short.get(full := resolve_provider(name), full))
+            found.append(SHORT.get(full := resolve_provider(name), full))
         except ProviderError:
             found.append(name)  # a failure of each bundle, not of the question
     if not found:

@@ -23,7 +23,7 @@ from pe_onnx.errors import CheckpointError, ConfigError, InputError, MissingDepe
 from pe_onnx.fresh_process import call_fresh
 from pe_onnx.intervals import median_interval
 from pe_onnx.machine import RUNTIME_PACKAGES, describe_machine, versions
-from pe_onnx.providers import resolve_provider
+from pe_onnx.providers import device_of, resolve_provider
 from pe_onnx.session import MAX_THREADS
 from pe_onnx.text_bits import STEP_ROWS, Text, counted, read_text, tokenized, why_no_bits, why_not, window_bits
 from pe_onnx.trained_contestants import Spec, exported, extended_rope, shipped, trained_for
@@ -120,7 +120,7 @@ def compare(
             provider=resolved,
             threads=threads,
             budget_s=budget_s,
-            contestants=[_contestant(entrant, fitting, counts) for entrant in entrants],
+            contestants=[_contestant(entrant, fitting, counts, provider) for entrant in entrants],
             machine=describe_machine(),
             tools=versions((*RUNTIME_PACKAGES, *(("torch",) if specs else ()))),
         )
@@ -191,12 +191,11 @@ def _note_bits(
         figures.at(length).bits_per_byte = float(flat[kept].sum() / sizes[: flat.size][kept].sum())
         if length == able[-1]:
             width, held = report.lengths[0], sizes[: bits.size].reshape(bits.shape)
-            edges = [(max(at, 1), min(at + width, length)) for at in range(0, length, width)]
-            figures.by_position = [
-                Bucket(at if at > 1 else 0, end, float(bits[:, at:end].sum() / held[:, at:end].sum()))
-                for at, end in edges
-                if end > at
-            ]
+            for begin in range(0, length, width):
+                end, predicted = min(begin + width, length), slice(max(begin, 1), begin + width)
+                if end > predicted.start:
+                    rate = float(bits[:, predicted].sum() / held[:, predicted].sum())
+                    figures.by_position.append(Bucket(begin, end, rate))
 
 
 def _note_prefill(ready: list[Contestant], timed: dict[str, BundleContestant], length: int, until: float) -> None:
@@ -252,7 +251,7 @@ def _distinct(entrants: list[Entrant]) -> list[Entrant]:
     ]
 
 
-def _contestant(entrant: Entrant, lengths: Sequence[int], tokens: int) -> Contestant:
+def _contestant(entrant: Entrant, lengths: Sequence[int], tokens: int, provider: str) -> Contestant:
     bundle = entrant.bundle
     for length in lengths:
         if why_not(bundle, length) is None:
@@ -276,7 +275,7 @@ def _contestant(entrant: Entrant, lengths: Sequence[int], tokens: int) -> Contes
         weight_bytes=bundle.manifest["graph"]["weight_bytes"],
         encoding_weights=weights,
         encoding_bytes=None if weights is None else weights * itemsize,
-        cache_bytes_per_token=bundle.cache_bytes_per_token,
+        cache_bytes_per_token=bundle.cache_bytes_on(device_of(provider).kind),
         config=config,
         lengths=[AtLength(length, why_not(bundle, length)) for length in lengths],
         no_bits=why_no_bits(bundle),

@@ -278,7 +278,7 @@ class InPlaceCache(KVCache):
             self.reserve(int(self.lengths.max(where=moving, initial=0)) + 1)
             return self._decode_moving(ids, moving)
         # a row that does not move overwrites the slot behind its last token; where none is left, its last token again
-        hard = self.session.bundle.max_length
+        hard = self.session.max_length
         positions, lengths = self.lengths, self.lengths + 1
         if not moving.all():
             full = ~moving & (hard is not None and self.lengths >= hard)

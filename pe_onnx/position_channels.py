@@ -84,10 +84,10 @@ def _rounded(values: Array, dtype: str) -> Array:
 
 
 def widened(values: Array, positions: Array | None, bits: int, dtype: str) -> Array:
-    """Keys or values ``[K, n, D]`` with the channels of a cache that has them, ``[K, n, D + CHANNELS]``, stored alike.
+    """Keys or values ``[..., n, D]`` with the channels of a cache that has them, ``[..., n, D + CHANNELS]``, stored
+    alike.
 
     positions: of keys, ``[n]``; None for values, whose channels are zeros.
     """
-    K, n, _ = values.shape
-    more = np.zeros((n, CHANNELS), np.float32) if positions is None else of_keys(positions, bits)
-    return np.concatenate((values, np.broadcast_to(stored(more, dtype), (K, n, CHANNELS))), -1)
+    more = np.zeros(CHANNELS, np.float32) if positions is None else of_keys(positions, bits)
+    return np.concatenate((values, np.broadcast_to(stored(more, dtype), (*values.shape[:-1], CHANNELS))), -1)

@@ -17,6 +17,7 @@ with needs("running a bundle", "'pe-onnx[cpu]', or 'pe-onnx[gpu]' for CUDA (neve
     import onnxruntime
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+SHORT = {full: short for short, full in PROVIDERS.items()}
 
 CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
@@ -57,7 +58,7 @@ def resolve_provider(name: str) -> str:
     had: there is no silent fall-back.
     """
     name, _ = split_number(name)
-    name = {full: short for short, full in PROVIDERS.items()}.get(name, name)
+    name = SHORT.get(name, name)
     if name.endswith("ExecutionProvider"):
         if name not in (built := onnxruntime.get_available_providers()):
             hint = did_you_mean(name, built)

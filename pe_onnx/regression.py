@@ -24,7 +24,7 @@ from pe_onnx.errors import ConfigError
 from pe_onnx.fresh_process import call_fresh
 from pe_onnx.intervals import LEAST_SAMPLES
 from pe_onnx.machine import describe_machine, versions
-from pe_onnx.providers import PROVIDERS, resolve_provider
+from pe_onnx.providers import PROVIDERS, SHORT, resolve_provider
 from pe_onnx.relative import MEASURES, Relative
 from pe_onnx.session import MAX_THREADS
 from pe_onnx.yardstick import Sizes, Yardstick
@@ -261,7 +261,7 @@ def _checked(provider: str, threads: int, budget_s: float) -> tuple[str, int]:
     if not 0 < budget_s < float("inf"):
         raise ConfigError(f"budget = {budget_s} must be more than 0 s")
     resolved = resolve_provider(provider)
-    short = next((name for name, full in PROVIDERS.items() if full == resolved), None)
+    short = SHORT.get(resolved)
     if short is None:
         raise ConfigError(f"provider = {provider!r}: the gate is for {' and '.join(PROVIDERS)}")
     return short, threads or 1

@@ -13,8 +13,9 @@ from pe_onnx import contract
 from pe_onnx.bundle import PROMPT, Bundle
 from pe_onnx.device_arrays import DeviceArray, to_device, to_host
 from pe_onnx.errors import BundleError, ConfigError, ProviderError, did_you_mean, first_line
+from pe_onnx.position_channels import MOST_POSITIONS
 from pe_onnx.prepared_graph import PreparedGraph, prepared_graph
-from pe_onnx.providers import PROVIDERS, device_of, onnxruntime, provider_list, resolve_provider
+from pe_onnx.providers import PROVIDERS, SHORT, device_of, onnxruntime, provider_list, resolve_provider
 
 LEVELS = {
     "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -95,8 +96,8 @@ class Session:
         self.bundle = bundle
         self.device = device_of(provider)
         plain = graph is None and profile is None
-        provided = {full: name for name, full in PROVIDERS.items()}.get(wanted, wanted)
-        self.model = bundle.folder / (graph or (bundle.graph_on(provided) if plain else bundle.model.name))
+        ours = bundle.graph_on(SHORT.get(wanted, wanted)) if plain else bundle.model.name
+        self.model = bundle.folder / (graph or ours)
         self.inputs, self.outputs = bundle.tensors(self.model.name)
         self.caches = bundle.caches_of(self.model.name)
         """K and D of each layer's cache, as the graph has them."""
@@ -104,6 +105,9 @@ class Session:
         """Where keys hold positions too, the bits of a digit (`position_channels`)."""
         self.score_heads = bundle.score_heads if self.position_bits is None else 0
         """H of the tensors [H, T, S] that a run holds; 0 where attention is fused and has no bias."""
+        limits = [bundle.max_length, None if self.position_bits is None else MOST_POSITIONS]
+        self.max_length = min((n for n in limits if n is not None), default=None)
+        """Tokens that the encoding, and the channels that hold positions, can take at all."""
         self._prompts: Session | None = None
         given: dict[str, Any] = {"options": options, "optimize": optimize, "prepare": prepare}
         on_cpu = wanted == PROVIDERS["cpu"]
@@ -187,9 +191,8 @@ class Session:
 
     def placement(self) -> list[PlacedNode]:
         """Which provider runs each node, in a session that was opened with RECORD_PLACEMENT among its options."""
-        short = {full: name for name, full in PROVIDERS.items()}
         return [
-            PlacedNode(node.name, f"{node.domain or 'ai.onnx'}::{node.op_type}", short.get(part.ep_name, part.ep_name))
+            PlacedNode(node.name, f"{node.domain or 'ai.onnx'}::{node.op_type}", SHORT.get(part.ep_name, part.ep_name))
             for part in self.inference.get_provider_graph_assignment_info()
             for node in part.get_nodes()
         ]

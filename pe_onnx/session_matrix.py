@@ -21,7 +21,7 @@ from pe_onnx.bundle import ENCODER, Bundle, read_bundle
 from pe_onnx.errors import ConfigError, InputError
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.plain_values import plain
-from pe_onnx.providers import PROVIDERS, resolve_provider
+from pe_onnx.providers import PROVIDERS, SHORT, resolve_provider
 from pe_onnx.session import LEVELS, RECORD_PLACEMENT, PlacedNode, Session
 from pe_onnx.sources import Sources
 from pe_onnx.tolerance import Tolerance, exact_options, given, tolerance_for
@@ -225,7 +225,7 @@ INLINED = re.compile(r"_inlfunc_(?P<function>[A-Za-z0-9]+)(?:_token_(?P<token>\d
 def fallbacks_of(setting: Setting, placed: Sequence[PlacedNode], model: Path) -> list[Fallback]:
     """The nodes of a session that are not where it was to run them."""
     full = resolve_provider(setting.provider)
-    wanted = {name: short for short, name in PROVIDERS.items()}.get(full, full)
+    wanted = SHORT.get(full, full)
     if all(node.provider == wanted for node in placed):
         return []
     callers = _callers(model)

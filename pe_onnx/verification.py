@@ -91,8 +91,7 @@ def _fitting(session: Session, past: list[LayerCache]) -> list[LayerCache]:
         return past
 
     def widened(x: torch.Tensor, positions: np.ndarray | None) -> torch.Tensor:
-        rows = [position_channels.widened(row.numpy(), positions, bits, session.bundle.cache_dtype) for row in x]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(position_channels.widened(x.numpy(), positions, bits, session.bundle.cache_dtype))
 
     return [(widened(key, np.arange(key.shape[2])), widened(value, None)) for key, value in past]
 

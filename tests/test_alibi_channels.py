@@ -19,7 +19,7 @@ from pe_onnx import saved_cache
 from pe_onnx.bundle import CUDA, MODEL, Bundle, read_bundle
 from pe_onnx.contract import stored
 from pe_onnx.encodings import alibi, alibi_bloom, alibi_mpt
-from pe_onnx.errors import ConfigError, ExportError
+from pe_onnx.errors import ConfigError, ExportError, InputError
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.passes import alibi_channels
 from pe_onnx.passes.alibi_channels import AlibiChannels
@@ -233,6 +233,10 @@ def test_more_positions_than_channels_hold_are_refused(bundles: Bundles) -> None
     with pytest.raises(ConfigError, match=f"more than the {MOST_POSITIONS} positions"):
         make_cache(Session(bundle, graph=CUDA, threads=1), 1, MOST_POSITIONS + 1)
     assert make_cache(Session(bundle, threads=1), 1, MOST_POSITIONS + 1).max_length == MOST_POSITIONS + 1
+    full = make_cache(Session(bundle, graph=CUDA, threads=1), 1, MOST_POSITIONS)
+    full.lengths[:] = MOST_POSITIONS  # as if so many had been run
+    with pytest.raises(InputError, match=f"more than the {MOST_POSITIONS} positions"):
+        full.decode([1])
 
 
 def test_a_saved_cache_is_read_by_the_other_graph(bundles: Bundles, tmp_path: Path) -> None:

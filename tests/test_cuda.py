@@ -14,7 +14,7 @@ from cache_script import script
 from conftest import Bundles
 
 import pe_onnx
-from pe_onnx.bundle import CUDA, read_bundle
+from pe_onnx.bundle import read_bundle
 from pe_onnx.errors import ProviderError
 from pe_onnx.kv_cache import make_cache
 from pe_onnx.parity import check_parity
@@ -66,8 +66,7 @@ def test_recorded_steps_are_the_same_each_time(bundles: Bundles) -> None:
 def test_no_cache_is_copied_to_the_host(bundles: Bundles, encoding: str, tmp_path: Path) -> None:
     """In the profile of unrecorded steps every copy is of a few numbers: lengths and sizes."""
     bundle = read_bundle(half(bundles, encoding))
-    graph = CUDA if (bundle.folder / CUDA).exists() else bundle.model.name
-    session = Session(bundle, "cuda", graph=graph, profile=tmp_path / "profile")
+    session = Session(bundle, "cuda", graph=bundle.graph_on("cuda"), profile=tmp_path / "profile")
     cache = make_cache(session, 1, 300)
     cache.prefill([list(range(200))])
     for _ in range(3):

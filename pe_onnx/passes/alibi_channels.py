@@ -33,7 +33,7 @@ class _Layer(NamedTuple):
     node: ir.Node
     positions: ir.Value
     """Of the new tokens, int64 ``[B, T]``."""
-    queries: bytes
+    queries: Array
     """Their channels, float64 ``[H, CHANNELS]``."""
     heads: tuple[int, int]
     """H and K."""
@@ -61,7 +61,7 @@ class AlibiChannels(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         made: dict[tuple[ir.Value, bytes, tuple[int, int]], ir.Value] = {}
         for layer in layers:
-            key = layer.positions, layer.queries, layer.heads
+            key = layer.positions, layer.queries.tobytes(), layer.heads
             if key not in made:
                 made[key] = _channels(graph, layer, len(made))
             _widen(graph, layer, made[key])
@@ -86,7 +86,7 @@ def _layer(node: ir.Node) -> _Layer | None:
         return None
     queries = of_queries(tensor.numpy(), scale, DTYPES[past.dtype])
     heads = attribute(node, "num_heads", 0), attribute(node, "kv_heads", 0)
-    return None if queries is None else _Layer(node, positions, queries.tobytes(), heads, size, past.dtype)
+    return None if queries is None else _Layer(node, positions, queries, heads, size, past.dtype)
 
 
 def _from_zero(keys: ir.Value | None) -> bool:
@@ -102,7 +102,7 @@ def _channels(graph: ir.Graph, layer: _Layer, number: int) -> ir.Value:
     one = [1] * (CHANNELS - len(used))
     lowest, moduli = [c.lowest for c in used] + one, [c.modulus for c in used] + one  # modulo 1 leaves nothing
     of_digits, fixed = np.zeros((2, H + 2 * K, CHANNELS))
-    of_digits[H : H + K], fixed[:H] = np.array(lowest) / (1 << SHIFT), np.frombuffer(layer.queries).reshape(H, CHANNELS)
+    of_digits[H : H + K], fixed[:H] = np.array(lowest) / (1 << SHIFT), layer.queries
 
     def held(name: str, values: Array) -> ir.Value:
         return initializer(graph, f"pe_onnx/alibi_channels.{number}/{name}", values.astype(layer.dtype.numpy()))

@@ -31,7 +31,7 @@ def slot_length(model: Model, options: ServerOptions) -> int | None:
         raise ConfigError(f"bundle {bundle.folder} has no tokenizer, and a server answers in text")
     on_device = model.session.device.kind == "cuda"
     free = None if on_device else available_bytes()
-    most = options.max_length or bundle.trained_length or bundle.max_length
+    most = options.max_length or bundle.trained_length or model.session.max_length
     if options.max_length is not None:
         wanted = _bytes(model, options.slots, options.max_length)
         if free is not None and wanted > free:
